@@ -1,0 +1,12 @@
+"""Neural ordinary differential equations in PyTorch: a book that runs, and the library it writes."""
+
+from neuralode_nb.ode.base import Solution, SolveError, Status
+from neuralode_nb.ode.compat import odeint, odeint_adjoint, odeint_dense
+from neuralode_nb.ode.control import PID
+from neuralode_nb.ode.solve import METHODS, Adjoint, solve
+from neuralode_nb.ode.tableau import Tableau
+
+__version__ = "0.1.0"
+
+__all__ = ["METHODS", "PID", "Adjoint", "Solution", "SolveError", "Status", "Tableau", "odeint", "odeint_adjoint",
+           "odeint_dense", "solve"]
