@@ -16,7 +16,7 @@ run: env ## train on handwritten digits and on spirals, write an HTML report and
 test: env ## everything that CI checks, in the order of how soon it can fail
 	$(call step,the library is what the notebooks say,$(PY) tests/gates.py sync)
 	$(call step,the notebooks are clean,$(PY) tests/gates.py clean)
-	$(call step,lint,$(BIN)/ruff check -q nbs tests benchmarks neuralode_nb/__init__.py)
+	$(call step,lint,$(BIN)/ruff check -q --output-format concise nbs tests benchmarks neuralode_nb/__init__.py)
 	$(call step,the notebooks run,OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing)
 	$(call step,pytest,OMP_NUM_THREADS=1 $(PY) -m pytest -n 2,quiet)
 

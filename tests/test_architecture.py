@@ -211,8 +211,8 @@ for path in sys.argv[1:]:
     try: FilterDefaults()(page)
     except Exception as e: print(path, repr(e)[:200])
     described = [c for c in page.cells if c.cell_type == "code" and "show_doc(" in c.source]
-    for cell in described:
-        if not any("text/markdown" in o.get("data", {}) for o in cell.outputs): print(path, "hides", cell.source.split()[-1])
+    empty = [c for c in described if not any("text/markdown" in o.get("data", {}) for o in c.outputs)]
+    for cell in empty: print(path, "hides", cell.source.split()[-1])
 """
 
 

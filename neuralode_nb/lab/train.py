@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_all', 'fit']
 
-# %% ../../nbs/lab/01_train.ipynb #2a87163d
+# %% ../../nbs/lab/01_train.ipynb #518cb42d
 import math
 import os
 import time
@@ -17,8 +17,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.utils.data import DataLoader
 
-from .checkpoint import (
-    CheckpointError, capture, generators, previous, read_checkpoint, restore, rng_state, set_rng_state, write_checkpoint)
+from neuralode_nb.lab.checkpoint import (
+    CheckpointError, capture, generators, kept_rng, previous, read_checkpoint, restore, rng_state, set_rng_state,
+    write_checkpoint)
 from .watch import History, Progress, TrainingDiverged, diagnose, first_bad
 from ..ode.base import SolveError
 
@@ -99,7 +100,7 @@ def _step(loop, batch):
     if loop.scheduler and loop.schedule_every == "batch": loop.scheduler.step()
     return result, norm
 
-# %% ../../nbs/lab/01_train.ipynb #b9481c73
+# %% ../../nbs/lab/01_train.ipynb #4ca8ea7f
 def _epoch(loop, epoch, bar):
     "Train one epoch and say how it went: one row of the history."
     loop.model.train()
@@ -115,7 +116,7 @@ def _epoch(loop, epoch, bar):
         good, in_a_row = good + 1, 0
         for key, count in {"loss": value, "grad_norm": norm, **_counts(loop)}.items():
             totals[key] = totals.get(key, 0.0) + count
-        if bar.bar: bar.batch(epoch, number / length if length else 0, {k: t / good for k, t in totals.items()})
+        bar.batch(epoch, number / length if length else 0, {k: t / good for k, t in totals.items()})
     if not good and not skipped: raise ValueError(f"epoch {epoch}: data gave no batch")
     if not good or first_bad(loop.bare.named_parameters()): raise _diverged(loop, batch, value, epoch, number)
     if loop.scheduler and loop.schedule_every == "epoch": loop.scheduler.step()
@@ -180,28 +181,29 @@ def _check(model, loss, data, epochs, optimizer, scheduler, schedule_every, clip
     bad = first_bad(model.named_parameters())
     if bad: raise ValueError(f"parameter {bad} of the model is not finite before training begins")
 
-# %% ../../nbs/lab/01_train.ipynb #cdb895b3
+# %% ../../nbs/lab/01_train.ipynb #b3272bb3
 def _prepare(model, loss, data, optimizer, scheduler, schedule_every, clip, nfe, skip_failed, device, mixed_precision, seed):
     "Hand model and data to accelerate and fix the seed, another one in each process."
     accelerator = _accelerator(device, mixed_precision)
-    set_seed(seed, device_specific=True)
     if isinstance(data, DataLoader): data = accelerator.prepare(data)
-    return _Loop(accelerator, accelerator.prepare(model), model, loss, data, optimizer, scheduler, schedule_every,
+    loop = _Loop(accelerator, accelerator.prepare(model), model, loss, data, optimizer, scheduler, schedule_every,
                  clip, nfe, skip_failed)
+    set_seed(seed, device_specific=True)
+    return loop
 
 def _evaluated(loop, evaluate, row):
-    "What `evaluate` measures, without gradients and in eval mode."
+    "What `evaluate` measures: in eval mode, without gradients, and without touching the random generators."
     if evaluate is None: return {}
     loop.bare.eval()
     try:
-        with torch.no_grad(): measured = evaluate(loop.bare)
+        with torch.no_grad(), kept_rng(): measured = evaluate(loop.bare)
     except SolveError as error:
         raise TrainingDiverged(f"the solver gave up in evaluate: {error}", row["epoch"], "all",
                                remedy="what the solver says, or a smaller learning rate") from error
     if not isinstance(measured, dict): raise TypeError(f"evaluate returned {measured!r:.80}: a dict of numbers is needed")
     return {key: float(value) for key, value in measured.items()}
 
-# %% ../../nbs/lab/01_train.ipynb #dce43e52
+# %% ../../nbs/lab/01_train.ipynb #18402c9b
 def _run(loop, epochs, evaluate, seed, checkpoint, resume, on_epoch, progress):
     "The epochs that are still to do; what went before comes from the checkpoint."
     resumed = resume and (os.path.exists(checkpoint) or previous(checkpoint).exists())
@@ -215,7 +217,8 @@ def _run(loop, epochs, evaluate, seed, checkpoint, resume, on_epoch, progress):
                 row |= _evaluated(loop, evaluate, row)
                 history.rows.append(row)
                 good = capture(loop.parts)
-                for call in ([on_epoch] if callable(on_epoch) else on_epoch) if main else (): call(row, loop.bare)
+                with kept_rng():
+                    for call in ([on_epoch] if callable(on_epoch) else on_epoch) if main else (): call(row, loop.bare)
                 if checkpoint: _save(loop, checkpoint, seed, history, fresh=epoch == 1)
                 bar.epoch(epoch, row)
     except TrainingDiverged as error:

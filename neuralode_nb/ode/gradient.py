@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FUNCTIONS', 'Job', 'wants_gradient', 'Retracer', 'add', 'step_by_step', 'whole_graph', 'Checkpoint', 'AdjointField',
-           'parts_of', 'adjoint_norm', 'per_block', 'backward_plan', 'stretch', 'adjoint', 'typed', 'Adjoint',
+           'parts_of', 'adjoint_norm', 'per_block', 'backward_plan', 'solve_backward', 'adjoint', 'typed', 'Adjoint',
            'differentiable_march', 'first_counted']
 
 # %% ../../nbs/ode/10_gradient.ipynb #9cbacd64
@@ -43,7 +43,7 @@ def wants_gradient(*tensors) -> bool:
     "Whether anything is to be differentiated now."
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
-# %% ../../nbs/ode/10_gradient.ipynb #0782dfc1
+# %% ../../nbs/ode/10_gradient.ipynb #fc321840
 class Retracer:
     "Rebuilds one step at a time with a graph and pulls gradients through it."
     def __init__(self, job:Job, f:Callable):
@@ -64,6 +64,7 @@ class Retracer:
             y = y.detach().requires_grad_()
             y1 = stepper.attempt(start, end, y)
             output.take(start, end, y, y1)
+            output.flush()
         cotangents = [y_bar, *g[first:output.at].split([len(p) for p in output.pieces])]
         return torch.autograd.grad([y1, *output.pieces], [y, *t, *inputs], cotangents, allow_unused=True)
 
@@ -115,7 +116,7 @@ class Checkpoint(torch.autograd.Function):
         if torch.is_grad_enabled(): return None, *whole_graph(ctx.job, y0, t, tensors, g)
         return None, *step_by_step(ctx.job, t, tensors, g)
 
-# %% ../../nbs/ode/10_gradient.ipynb #c0a4c7b7
+# %% ../../nbs/ode/10_gradient.ipynb #be1082f2
 class AdjointField:
     "Right-hand side of (y, a, parameter gradients), flat."
     def __init__(self, f:Callable, shape:torch.Size, params:list):
@@ -132,7 +133,7 @@ class AdjointField:
                 [None] * (1 + len(self.params))
         full = [torch.zeros_like(y) if grads[0] is None else grads[0]]
         full += [zero if g is None else g for g, zero in zip(grads[1:], self.zeros)]
-        return torch.cat([k.detach().reshape(-1), *[g.reshape(-1).to(z.dtype) for g in full]])
+        return torch.cat([k.detach().reshape(-1), *[g.reshape(-1) for g in full]]).to(z.dtype)
 
 # %% ../../nbs/ode/10_gradient.ipynb #1d646fae
 def parts_of(job:Job, params:list) -> Callable:
@@ -162,50 +163,49 @@ def per_block(tolerance, params:list):
     flat = tolerance.reshape(-1)
     return torch.cat([flat, flat, flat.min().expand(sum(p.numel() for p in params))])
 
-# %% ../../nbs/ode/10_gradient.ipynb #60454725
-def backward_plan(job:Job, f:Callable, params:list) -> Plan:
-    "The backward solve as a plan; its ends are set for each stretch between observations."
-    own, split = job.backward or job.plan, parts_of(job, params)
+# %% ../../nbs/ode/10_gradient.ipynb #b320ebeb
+def backward_plan(job:Job, f:Callable, params:list, z:Tensor, resets:dict) -> Plan:
+    "The backward solve as a plan, from the last observation to t0, with a reset at each between."
+    own, split, times = job.backward or job.plan, parts_of(job, params), job.plan.times
     told = {name: lambda t, z, h, tell=tell: tell(t, split(z), h) for name, tell in job.callbacks.items()}
-    return replace(own, f=AdjointField(f, job.plan.y0.shape, params), norm=adjoint_norm(job, params), callbacks=told,
-                   rtol=per_block(own.rtol, params), atol=per_block(own.atol, params), k0=None, keep_dense=False)
+    stretches = list(zip(*[sorted(set(times), reverse=job.plan.sign > 0)[i:] for i in (0, 1)]))
+    grid = own.grid and (lambda _: [times[-1], *[x for pair in stretches for x in own.grid(list(pair))[1:]]])
+    return replace(own, f=AdjointField(f, job.plan.y0.shape, params), y0=z, times=[times[-1], times[0]], grid=grid,
+                   norm=adjoint_norm(job, params), rtol=per_block(own.rtol, params), atol=per_block(own.atol, params),
+                   callbacks=told, k0=None, keep_dense=False, resets=resets, step_t=tuple({*own.step_t, *resets}))
 
-def stretch(plan:Plan, z:Tensor, start:float, end:float, h:float|None, stats:Stats) -> tuple:
-    "Solve the adjoint from one observation back to the one before: the state there, and the next step length."
-    h = plan.first_step if h is None or plan.first_step is not None else min(h, abs(end - start))
-    run = march(replace(plan, y0=z, times=[start, end], first_step=h))
+def solve_backward(plan:Plan, stats:Stats) -> Tensor:
+    "(y, a, parameter gradients) at t0. Raises SolveError, with a word on where."
+    run = march(plan)
     stats.backward_f_evals += run.stats.f_evals
-    if run.failure is not None:
-        error = SolveError(run.failure)
-        error.args = ("in the backward pass (gradient='adjoint'): " + str(error),)
-        raise error
-    return run.y[-1], run.next_step
+    if run.failure is None: return run.y[-1]
+    error = SolveError(run.failure)
+    error.args = (f"in the backward pass (gradient='adjoint'): {error}",)
+    raise error
 
-# %% ../../nbs/ode/10_gradient.ipynb #276160a8
+# %% ../../nbs/ode/10_gradient.ipynb #f3d2aef6
 def adjoint(job:Job, y:Tensor, t:Tensor|None, tensors:list, g:Tensor) -> list:
     "Gradients for (y0, t, *tensors) from the adjoint equation."
     args, f = job.leaves(tensors)
     inputs, times = [*args, *tensors[len(args):]], job.plan.times
-    params, clock = [x for x in inputs if x.requires_grad], Clock(job.plan)
-    plan, stats, n, h = backward_plan(job, f, params), job.run.stats, y[0].numel(), None
-    slope = lambda i, a: (a.conj() * f(clock(times[i]), y[i].detach()).reshape(-1)).real.sum()
-    t_bar = None if t is None else torch.zeros_like(t)
-    z = torch.cat([y[-1].reshape(-1), torch.zeros_like(y[-1]).reshape(-1), *[torch.zeros_like(p).reshape(-1).to(y.dtype) for p in params]])
-    for i in range(len(times) - 1, 0, -1):
-        gi = g[i].reshape(-1)
-        if t is not None: t_bar[i] = slope(i, gi)
-        z = torch.cat([y[i].reshape(-1), z[n:2 * n] + gi, z[2 * n:]])
-        if times[i] != times[i - 1]: z, h = stretch(plan, z, times[i], times[i - 1], h, stats)
-    if t is not None: t_bar[0] = -slope(0, z[n:2 * n])
+    params, clock, n = [x for x in inputs if x.requires_grad], Clock(job.plan), y[0].numel()
+    slope = lambda i, a: (a.conj() * f(clock(times[i]), y[i]).reshape(-1)).real.sum()
+    at, g = {x: i for i, x in enumerate(times)}, g.reshape(len(times), -1)      # repeated times: their gradients add up
+    jump = {x: sum(gi for gi, ti in zip(g, times) if ti == x) for x in at} if len(at) < len(times) else {x: g[i] for x, i in at.items()}
+    reset = lambda x: lambda z: torch.cat([y[at[x]].reshape(-1), z[n:2 * n] + jump[x], z[2 * n:]])
+    z = torch.cat([y[-1].reshape(-1), jump[times[-1]], y.new_zeros(sum(p.numel() for p in params))])
+    if len(at) > 1: z = solve_backward(backward_plan(job, f, params, z, {x: reset(x) for x in list(at)[1:-1]}), job.run.stats)
+    a0 = z[n:2 * n] if len(at) > 1 else torch.zeros_like(g[0])
+    t_bar = None if t is None else torch.stack([-slope(0, a0), *[slope(i, g[i]) for i in range(1, len(times))]]).to(t)
     found = iter(z[2 * n:].split([p.numel() for p in params]))
-    shaped = [None if not x.requires_grad else typed(next(found), x) for x in inputs]
-    return [z[n:2 * n].view_as(y[0]) + g[0], t_bar, *shaped]
+    shaped = [typed(next(found), x) if x.requires_grad else None for x in inputs]
+    return [(a0 + jump[times[0]]).view_as(y[0]), t_bar, *shaped]
 
 def typed(flat:Tensor, like:Tensor) -> Tensor:
     "A gradient in the shape and type of its tensor."
     return (flat if like.is_complex() or not flat.is_complex() else flat.real).view(like.shape).to(like.dtype)
 
-# %% ../../nbs/ode/10_gradient.ipynb #f422e59f
+# %% ../../nbs/ode/10_gradient.ipynb #f5f7294e
 class Adjoint(torch.autograd.Function):
     "Solve without a graph; solve the adjoint equation backward. Nothing kept but the observations."
     @staticmethod
@@ -217,8 +217,10 @@ class Adjoint(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g:Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError("gradient='adjoint' cannot be differentiated twice (create_graph=True): use gradient='checkpoint' "
+                               "or 'direct'")
         y, t, *tensors = ctx.saved_tensors
         return None, *adjoint(ctx.job, y, t if ctx.needs_input_grad[2] else None, tensors, g)
 
