@@ -115,8 +115,9 @@ def test_importing_the_package_is_importing_torch_and_little_more():
     runs = [imported("import neuralode_nb") for _ in range(3)]
     heavy = HEAVY & {name.split(".")[0] for name in runs[0].keys() - torch.keys()}
     assert not heavy
-    ours = {name: min(run.get(name, 0) for run in runs) for name in runs[0].keys() - torch.keys()}  # the quietest run
-    assert sum(ours.values()) < 0.2, sorted(ours.items(), key=lambda item: -item[1])[:10]
+    quietest = {name: min(run.get(name, 0) for run in runs) for name in runs[0]}
+    theirs, ours = (sum(s for name, s in quietest.items() if (name in torch) is known) for known in (True, False))
+    assert ours < max(0.2, theirs / 10), "0.2 s, or a tenth of torch where the machine is so busy that this is more"
 
 
 def test_the_command_starts_without_what_only_some_of_its_work_needs():

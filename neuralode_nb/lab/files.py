@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['extra', 'folders', 'find_file', 'damaged', 'read_idx', 'stored_images', 'torchvision_images', 'read_table']
 
-# %% ../../nbs/lab/04_files.ipynb #346a9782
+# %% ../../nbs/lab/04_files.ipynb #c6e2b5c3
 import csv
 import gzip
 import importlib
 import math
 import os
+import zlib
 from pathlib import Path
 
 import torch
@@ -39,14 +40,15 @@ def find_file(*names):
 def damaged(path, found, expected):
     return ValueError(f"{path} is damaged: {found}, expected {expected}. Delete the file and fetch it again.")
 
-# %% ../../nbs/lab/04_files.ipynb #9d24464e
+# %% ../../nbs/lab/04_files.ipynb #5421d31f
 def read_idx(
     path,             # an IDX file, compressed (.gz) or not
 )->torch.Tensor:      # uint8, in the shape that the file states
     "Read an IDX file and check that it holds exactly what its header says."
     path = Path(path)
-    try: raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
-    except (EOFError, gzip.BadGzipFile, OSError) as error: raise damaged(path, error, "a readable file") from error
+    raw = path.read_bytes()
+    try: raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (EOFError, OSError, zlib.error) as error: raise damaged(path, error, "a gzip file") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise damaged(path, f"begins with {raw[:4].hex() or 'nothing'}", "000008.., an IDX file of bytes")
     start = 4 + 4 * raw[3]

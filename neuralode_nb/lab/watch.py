@@ -39,7 +39,7 @@ class History:
 
     def to_dict(self): return {column: self[column] for column in self.columns}
 
-# %% ../../nbs/lab/05_watch.ipynb #f6cad099
+# %% ../../nbs/lab/05_watch.ipynb #fc1dbaf7
 class Progress:
     "A bar on a terminal, plain lines elsewhere, nothing when `show` is false."
     def __init__(self, epochs, done=0, show=True):
@@ -59,7 +59,7 @@ class Progress:
         "After a batch, at most ten times a second."
         if not self.bar or time.monotonic() - self.drawn < 0.1: return
         self.drawn = time.monotonic()
-        with kept_rng(): self.bar.update(self.task, completed=epoch - 1 + fraction, words=words(row),
+        with kept_rng(): self.bar.update(self.task, completed=epoch - 1 + fraction, words=words(row), refresh=True,
                                          description=f"epoch {epoch}/{self.epochs}")
 
     def epoch(self, epoch, row):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# %% ../../nbs/ode/07_dense.ipynb #b84a2ca7
+# %% ../../nbs/ode/07_dense.ipynb #a4b2ab9f
 @lru_cache(maxsize=64)
 def exponents(n:int, device:torch.device) -> Tensor:
     "1, 2, ..., n"
@@ -23,34 +23,22 @@ def interpolate(
     stages:Float[Tensor, 'steps stages n'], # their h k_i
     dense:Float[Tensor, 'stages powers'],   # d
     step:Tensor,                            # which step each place lies in, (places,)
-    theta:Float[Tensor, 'places'],          # place in that step, in [0, 1], real type of y
-)->Float[Tensor, 'places *state']:          # one state per place
+    theta:Float[Tensor, ' places'],          # place in that step, in [0, 1], real type of y
+)->Float[Tensor, ' places *state']:          # one state per place
     "The polynomials of several steps, each at several places; differentiable in every tensor."
     weights = (theta[:, None] ** exponents(dense.shape[1], theta.device)) @ dense.t()
     flat = torch.baddbmm(y.reshape(len(y), 1, -1)[step], weights[:, None].to(stages.dtype), stages[step])
-    return flat.view(-1, *y.shape[1:])
+    return flat.view(len(step), *y.shape[1:])
 
-# %% ../../nbs/ode/07_dense.ipynb #f85a9754
+# %% ../../nbs/ode/07_dense.ipynb #edffd869
 class DenseSolution:
     "A solve as one function of time."
-    def __init__(self, layout, dense:Tensor):
-        self.layout, self.coefficients, self.steps = layout, dense, []
-
-    def append(self, start:float, end:float, y:Tensor, stages:Tensor):
-        "Keep one accepted step; `stages` are its h k_i."
-        self.steps.append((start, end, y, stages))
-
-    def finish(self):
-        "Lay the steps out for look-up by time."
-        starts, ends, ys, stages = zip(*self.steps)
-        device = ys[0].device
-        self.sign = 1. if ends[-1] >= starts[0] else -1.
-        self.ends = torch.tensor(ends, dtype=torch.float64) * self.sign
-        self.span = (starts[0], ends[-1])
-        self.starts = torch.tensor(starts, dtype=torch.float64)
-        self.h = torch.tensor([e - s for s, e in zip(starts, ends)], dtype=torch.float64)
-        self.y, self.stages, self.device = torch.stack(ys), torch.stack(stages), device
-        return self
+    def __init__(self, layout, dense:Tensor, steps:list):
+        self.layout, self.coefficients = layout, dense
+        starts, ends, ys, stages = zip(*steps)            # stages are h k_i
+        self.starts, self.ends = torch.tensor([starts, ends], dtype=torch.float64)
+        self.span, self.sign = (starts[0], ends[-1]), 1. if ends[-1] >= starts[0] else -1.
+        self.y, self.stages = torch.stack(ys), torch.stack(stages)
 
     def place(self, t:Tensor) -> tuple:
         "Step number and place in it, for float64 times on the host. Raises ValueError outside the solve."
@@ -59,12 +47,12 @@ class DenseSolution:
         if not ((t >= low - slack) & (t <= high + slack)).all():
             raise ValueError(f"t={t.min().item():g}..{t.max().item():g} is outside this solve, which covers "
                              f"[{low:g}, {high:g}]: dense output does not extrapolate")
-        step = torch.searchsorted(self.ends, t * self.sign).clamp(max=len(self.ends) - 1)
-        return step, ((t - self.starts[step]) / self.h[step]).clamp(0, 1)
+        step = torch.searchsorted(self.ends * self.sign, t * self.sign).clamp(max=len(self.ends) - 1)
+        return step, ((t - self.starts[step]) / (self.ends - self.starts)[step]).clamp(0, 1)
 
     def __call__(self, t):
         "The state at t (number or tensor of any shape, which leads the result's)."
         t = torch.as_tensor(t, dtype=torch.float64, device='cpu')
-        step, theta = (x.to(self.device) for x in self.place(t.reshape(-1)))
+        step, theta = (x.to(self.y.device) for x in self.place(t.reshape(-1)))
         values = interpolate(self.y, self.stages, self.coefficients, step, theta.to(self.coefficients.dtype))
         return self.layout.unflatten(values.view(*t.shape, *self.y.shape[1:]))

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .tableau import Tableau
 
-# %% ../../nbs/ode/05_explicit.ipynb #bc487033
+# %% ../../nbs/ode/05_explicit.ipynb #bf32abdf
 def stage_times(
     start:Tensor,                  # t_n, 0-dimensional
     end:Tensor,                    # t_{n+1}
-    nodes:Float[Tensor, 'stages'], # c
+    nodes:Float[Tensor, ' stages'], # c
 )->tuple:                          # one 0-dimensional tensor per stage
     "Times of the stages, never outside the step."
     return torch.lerp(start, end, nodes).unbind()
@@ -34,14 +34,14 @@ def packed(tableau:Tableau, dtype:torch.dtype, device:torch.device) -> Float[Ten
         if c.error is not None: table[-1] = c.error
         return table
 
-# %% ../../nbs/ode/05_explicit.ipynb #33627b26
+# %% ../../nbs/ode/05_explicit.ipynb #11951093
 class StageBuffer:
     "The stages of a step in one reused buffer; no gradient flows through it."
     def __init__(self, tableau:Tableau, like:Tensor):
         self.table, self.shape = packed(tableau, like.dtype, like.device), like.shape
         n, self.scaled = self.table.shape[1], torch.empty_like(self.table)
         self.weights = [self.scaled[i, :i] for i in range(n)]
-        self.k = torch.empty(n, like.numel(), dtype=like.dtype, device=like.device)
+        self.k = torch.zeros(n, like.numel(), dtype=like.dtype, device=like.device)   # zeros: 0 * nan is nan
         self.rows, columns = [row.view(like.shape) for row in self.k.unbind()], self.k.t()
         self.before = [columns[:, :i] for i in range(n + 1)]   # K_{<i}
 
@@ -68,7 +68,7 @@ class StageBuffer:
         "All $h k_i$, shape (stages, numbers in the state)."
         return self.k * self.h
 
-# %% ../../nbs/ode/05_explicit.ipynb #92157829
+# %% ../../nbs/ode/05_explicit.ipynb #aa2a48a2
 class StageList:
     "The stages of a step as tensors of their own; gradients flow to y, k and a tensor h."
     def __init__(self, tableau:Tableau, like:Tensor):
@@ -77,9 +77,8 @@ class StageList:
 
     def begin(self, y:Tensor, h, k0:Tensor) -> Tensor:
         "Start a step of length `h` (a number, or a 0-dimensional tensor to be differentiated); returns `k0`."
-        self.y, self.by = y, h.to(k0.dtype) if isinstance(h, Tensor) else None
-        self.h = 1. if isinstance(h, Tensor) else h
-        self.k = []
+        self.y, self.k = y, []
+        self.by, self.h = (h.to(k0.dtype), 1.) if isinstance(h, Tensor) else (None, h)
         self.put(0, k0)
         return k0
 

@@ -76,7 +76,7 @@ def leaves_behind(*roots:Tensor) -> dict:
         todo.extend(n for n, _ in node.next_functions if n is not None)
     return leaves
 
-# %% ../../nbs/ode/08_parameters.ipynb #1b32a42a
+# %% ../../nbs/ode/08_parameters.ipynb #cdc2a651
 def touched(
     f:Callable,     # (t, y) -> dy/dt
     t:Tensor, y:Tensor,
@@ -91,10 +91,10 @@ def touched(
     derived = [x for x in used.values() if not x.is_leaf]
     behind = leaves_behind(*derived)
     if both := [x for i, x in used.items() if i in behind]:
-        raise ValueError(f"f uses a tensor of shape {tuple(both[0].shape)} and also one computed from it outside f, whose "
-                         "gradients would be counted twice: pass the computed one in args, or use gradient='direct'")
+        raise ValueError(f"f uses a tensor of shape {tuple(both[0].shape)} and also one computed from it outside f; "
+                         "their gradients would be counted twice: pass the computed one in args, or use 'direct'")
     ours = {id(x) for x in (y, *known)}
     hidden = {i: x for i, x in leaves_behind(k).items() if i not in behind}          # inside compiled or scripted code
     held = {id(x): x for x in named_tensors(source).values() if id(x) not in behind}
     everything = {i: x for i, x in {**used, **hidden, **held}.items() if i not in ours}
-    return k.detach(), tuple(everything.values())
+    return k.detach().clone(), tuple(everything.values())     # f may use the same buffer again

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../../nbs/ode/04_problems.ipynb #3562366a
+# %% ../../nbs/ode/04_problems.ipynb #d766a48a
 @dataclass(frozen=True, eq=False, repr=False)
 class Problem:
     "An initial value problem y' = f(t, y) with a known answer."
@@ -47,7 +47,8 @@ class Problem:
         return (y.detach().cpu().double() - self.final).abs().max().item()
 
     def __repr__(self):
-        return f"Problem({self.name!r}: {len(self.y0)} unknowns, t = {self.span[0]:g} to {self.span[1]:g}. {self.note})"
+        start, end = self.span
+        return f"Problem({self.name!r}: dimension {len(self.y0)}, t = {start:g} to {end:g}. {self.note})"
 
 # %% ../../nbs/ode/04_problems.ipynb #d5eb6a19
 PROBLEMS = {}    # name -> Problem

@@ -16,7 +16,7 @@ import torch
 
 from .trees import Conditions, ROUNDING, as_fraction, density, tree_name, tree_size, trees
 
-# %% ../../nbs/ode/02_tableau.ipynb #304fb5d1
+# %% ../../nbs/ode/02_tableau.ipynb #db1572cd
 def _vector(name, field, values, lengths):
     "A list of entries as a tuple of fractions; its length must be one of `lengths`."
     if isinstance(values, str) or not hasattr(values, "__len__"):
@@ -35,6 +35,7 @@ def _rows(name, a):
     explicit = not any(x for i, row in enumerate(rows) for x in row[i:])
     return tuple(row[:i] if explicit else row + (Fraction(0),)*(s - len(row)) for i, row in enumerate(rows))
 
+# %% ../../nbs/ode/02_tableau.ipynb #34a36e66
 def _fill(self, name, a, b, c, b_embedded, dense):
     "Read every argument, check its shape, and set the fields of `self`."
     if not isinstance(name, str): raise TypeError(f"name = {name!r} must be a string; the table comes after it")
@@ -175,7 +176,7 @@ def _describe(self):
     kind = f"{'FSAL, ' if self.fsal else ''}dense order {self.dense_order}" if self.explicit else "implicit"
     return f"Tableau({self.name!r}: order {self.order}{pair}, {self.stages} stages, {kind})"
 
-# %% ../../nbs/ode/02_tableau.ipynb #6d947f43
+# %% ../../nbs/ode/02_tableau.ipynb #4b44d1f5
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class Tableau:
     "A Runge–Kutta method in exact fractions. Building one checks it; its orders are derived, not typed in."
@@ -207,6 +208,5 @@ class Tableau:
     error_order = cached_property(lambda self: min(self.order, self.embedded_order) if self.adaptive else None)
     exact, closed = cached_property(_exact), cached_property(_closed)
     _conditions = cached_property(lambda self: Conditions(*_closing(self)))
-    __repr__ = _describe
-    __deepcopy__ = lambda self, memo: self
+    __repr__, __deepcopy__ = _describe, lambda self, memo: self
     __reduce__ = lambda self: (Tableau, (self.name, self.a, self.b, self.c, self.b_embedded, self.dense))
