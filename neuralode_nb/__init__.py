@@ -1,9 +1,10 @@
 """Neural ordinary differential equations in PyTorch: a book that runs, and the library it writes."""
 
 from neuralode_nb.ode.base import Solution, SolveError, Status
+from neuralode_nb.ode.checks import METHODS
 from neuralode_nb.ode.compat import odeint, odeint_adjoint, odeint_dense
 from neuralode_nb.ode.control import PID
-from neuralode_nb.ode.solve import METHODS, Adjoint, solve
+from neuralode_nb.ode.solve import Adjoint, solve
 from neuralode_nb.ode.tableau import Tableau
 
 __version__ = "0.1.0"

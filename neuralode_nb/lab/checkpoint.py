@@ -115,7 +115,7 @@ def load_weights(
     model.load_state_dict(state)
     return model
 
-# %% ../../nbs/lab/03_checkpoint.ipynb #33c3a8b4
+# %% ../../nbs/lab/03_checkpoint.ipynb #d2b710c3
 def capture(
     parts:dict,        # "model", and "optimizer" and "scheduler" or None
 )->dict:               # a copy of the state of each
@@ -128,7 +128,7 @@ def restore(parts:dict, state:dict):
     for key in ("optimizer", "scheduler"):
         part = parts.get(key)
         if (part is None) != (key not in state):
-            raise CheckpointError(f"the checkpoint {'has' if key in state else 'lacks'} {key}; this run is the opposite")
+            raise CheckpointError(f"the checkpoint {'has' if key in state else 'lacks'} {key}, unlike this run")
         if part is None: continue
         try: part.load_state_dict(copy.deepcopy(state[key]))
         except (ValueError, KeyError) as error:

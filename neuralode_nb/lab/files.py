@@ -26,7 +26,7 @@ def extra(
     except ImportError as error:
         raise ImportError(f"{module} is needed here: pip install 'neuralode_nb[{group}]'") from error
 
-# %% ../../nbs/lab/04_files.ipynb #b85f7fe8
+# %% ../../nbs/lab/04_files.ipynb #645e7871
 def folders()->list: # existing or not, in the order of search
     "Where data files are looked for: `$NEURALODE_DATA`, then the cache folder."
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neuralode_nb"
@@ -37,7 +37,8 @@ def find_file(*names):
     "The first of these files that exists in one of the folders, or None."
     return next((root / name for root in folders() for name in names if (root / name).is_file()), None)
 
-def damaged(path, found, expected):
+def damaged(path, found, expected)->ValueError: # to be raised
+    "The error for a file that is not what it should be."
     return ValueError(f"{path} is damaged: {found}, expected {expected}. Delete the file and fetch it again.")
 
 # %% ../../nbs/lab/04_files.ipynb #5421d31f

@@ -135,7 +135,7 @@ def _attempt(record, seed, label):
             "epoch": getattr(error, "epoch", None), "batch": getattr(error, "batch", None)})
         _keep(record, seed, label, getattr(error, "history", None))
 
-# %% ../../nbs/lab/02_record.ipynb #a2a87ba1
+# %% ../../nbs/lab/02_record.ipynb #7696ef7e
 def _summary(record):
     "label -> metric -> mean, sd, n."
     found = {}
@@ -156,13 +156,13 @@ def _rows(record, metrics):
         numbers = summary.get(label, {})
         row = {"variant": label, "seeds": max((v["n"] for v in numbers.values()), default=0),
                "failed": sum(f["label"] == label for f in record.failures)}
-        for name in metrics or dict.fromkeys(k for v in summary.values() for k in v):
+        for name in metrics or dict.fromkeys(k for metrics_of in summary.values() for k in metrics_of):
             v = numbers.get(name)
             row[name] = None if v is None else f"{v['mean']:.4g}" + (f" ± {v['sd']:.2g}" if v["n"] > 1 else "")
         out.append(row)
     return out
 
-# %% ../../nbs/lab/02_record.ipynb #18d19d6c
+# %% ../../nbs/lab/02_record.ipynb #909faefe
 def results_folder()->Path:
     "Where records are kept: `$NEURALODE_RESULTS`, else results/ of the checkout, else ./results."
     checkout = Path(neuralode_nb.__file__).parents[1]
@@ -184,6 +184,7 @@ def _save(record, root, draw):
         draw(figure, target) if draw else figure.savefig(target, dpi=90)
     return path
 
+# %% ../../nbs/lab/02_record.ipynb #1f51e0b3
 def load_record(
     experiment:str,         # name
     profile:str="full",     # "smoke", "full", …
@@ -192,12 +193,12 @@ def load_record(
     "Read a record back."
     path = Path(root or results_folder()) / experiment / f"{profile}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"there is no record {path}: make it with neuralode run {experiment} --profile {profile}")
+        raise FileNotFoundError(f"there is no record {path}: make it by neuralode run {experiment} --profile {profile}")
     try: content = json.loads(path.read_text(encoding="utf-8"), object_hook=_decode)
     except ValueError as error: raise ValueError(f"{path} is not a record: {error}") from error
     return Record(**{f.name: content[f.name] for f in fields(Record) if f.name in content and f.name != "figures"})
 
-# %% ../../nbs/lab/02_record.ipynb #9380c060
+# %% ../../nbs/lab/02_record.ipynb #2355d00d
 @contextmanager
 def record_run(
     experiment:str,     # name, as in `neuralode run NAME`
@@ -206,9 +207,10 @@ def record_run(
     notes=(),           # what a reader should know: scale, what was left out
 ):                      # the `Record`, to be filled
     "Open a record, take the time, close it."
-    record = Record(experiment, profile_of(config), asdict(config), notes=list(notes), command=command(experiment, config),
-                    started=datetime.now(timezone.utc).isoformat(timespec="seconds"), versions=versions(), code=commit(),
-                    machine=machine(device))
+    record = Record(
+        experiment, profile_of(config), asdict(config), notes=list(notes), command=command(experiment, config),
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"), versions=versions(), code=commit(),
+        machine=machine(device))
     begun = time.perf_counter()
     try: yield record
     finally: record.seconds = time.perf_counter() - begun

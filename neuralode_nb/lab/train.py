@@ -23,10 +23,11 @@ from neuralode_nb.lab.checkpoint import (
 from .watch import History, Progress, TrainingDiverged, diagnose, first_bad
 from ..ode.base import SolveError
 
-# %% ../../nbs/lab/01_train.ipynb #a3606172
+# %% ../../nbs/lab/01_train.ipynb #d5f7246d
 def seed_all(seed:int):
     "Seed Python, NumPy, PyTorch and every GPU."
-    if not isinstance(seed, int) or not 0 <= seed < 2**32: raise ValueError(f"seed={seed!r}: an integer from 0 to 2**32-1")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r}: an integer from 0 to 2**32-1")
     set_seed(seed)
 
 def _accelerator(device, mixed_precision):
@@ -76,7 +77,7 @@ class _Loop:
         flag = torch.tensor(float(failed), device=self.accelerator.device)
         return self.accelerator.reduce(flag, "sum").item() > 0
 
-# %% ../../nbs/lab/01_train.ipynb #5f2c786a
+# %% ../../nbs/lab/01_train.ipynb #fc7a41a5
 def _step(loop, batch):
     "One batch: (loss, gradient norm), or (loss or the solver's error, None) if it failed and nothing was changed."
     loop.optimizer.zero_grad()
@@ -84,7 +85,7 @@ def _step(loop, batch):
     try:
         value = loop.loss(loop.model, batch)
         if not isinstance(value, torch.Tensor) or value.ndim or not value.requires_grad:
-            raise TypeError(f"loss returned {value!r:.80}: it must return a scalar tensor that depends on the parameters")
+            raise TypeError(f"loss returned {value!r:.80}: it must be a scalar tensor that depends on the parameters")
         result = value.item()
         if loop.somewhere(not math.isfinite(result)): return result, None
         loop.accelerator.backward(value)
@@ -100,7 +101,7 @@ def _step(loop, batch):
     if loop.scheduler and loop.schedule_every == "batch": loop.scheduler.step()
     return result, norm
 
-# %% ../../nbs/lab/01_train.ipynb #4ca8ea7f
+# %% ../../nbs/lab/01_train.ipynb #a15b3bd7
 def _epoch(loop, epoch, bar):
     "Train one epoch and say how it went: one row of the history."
     loop.model.train()
@@ -126,6 +127,7 @@ def _epoch(loop, epoch, bar):
         row = dict(zip(row, values.tolist()))
     return {"epoch": epoch} | row | {"lr": lr, "skipped": skipped, "seconds": time.monotonic() - start}
 
+# %% ../../nbs/lab/01_train.ipynb #ef0c9eb4
 def _counts(loop):
     "What `nfe` says after a batch, as columns of the history."
     if loop.nfe is None: return {}
@@ -138,7 +140,7 @@ def _diverged(loop, batch, value, epoch, number):
     if isinstance(value, Exception): error.__cause__ = value
     return error
 
-# %% ../../nbs/lab/01_train.ipynb #522ec022
+# %% ../../nbs/lab/01_train.ipynb #1c779f61
 def _save(loop, path, seed, history, fresh):
     "Write the checkpoint of this epoch; every process hands in its random state."
     here = {"global": rng_state(), "data": [g.get_state() for g in generators(loop.data)]}
@@ -151,26 +153,28 @@ def _resume(loop, path, seed):
     "Put everything back to the end of the last epoch; the history so far."
     state = read_checkpoint(path)
     if "rng" not in state: raise CheckpointError(f"{path} holds weights only: use load_weights, or resume=False")
-    if state["seed"] != seed: raise CheckpointError(f"{path} was made with seed={state['seed']}, this run has seed={seed}")
-    if len(state["rng"]) != loop.accelerator.num_processes:
-        raise CheckpointError(f"{path} was made by {len(state['rng'])} processes, these are {loop.accelerator.num_processes}")
+    there, here = (state["seed"], len(state["rng"])), (seed, loop.accelerator.num_processes)
+    if there != here: raise CheckpointError(
+        f"{path} was made with seed={there[0]} by {there[1]} processes, this run has seed={here[0]} and {here[1]}")
     restore(loop.parts, state)
     here = state["rng"][loop.accelerator.process_index]
     set_rng_state(here["global"])
     for generator, value in zip(generators(loop.data), here["data"]): generator.set_state(value)
     return History(state["history"])
 
-# %% ../../nbs/lab/01_train.ipynb #31f062b1
+# %% ../../nbs/lab/01_train.ipynb #78ca25b2
 def _check(model, loss, data, epochs, optimizer, scheduler, schedule_every, clip, skip_failed):
     "Raise for what cannot work, before any work."
     for name, value in {"loss": loss, "data": None if isinstance(data, (DataLoader, list, tuple)) else data}.items():
         if value is not None and not callable(value):
-            raise TypeError(f"{name} is a {type(value).__name__}: " + ("loss(model, batch) must be a function" if name == "loss"
-                else "give a DataLoader, a list of batches, or a function of the epoch that yields batches"))
+            raise TypeError(f"{name} is a {type(value).__name__}: give " + (
+                "a function loss(model, batch)" if name == "loss" else
+                "a DataLoader, a list of batches, or a function of the epoch that yields batches"))
     if not isinstance(epochs, int) or epochs < 1: raise ValueError(f"epochs={epochs!r}: at least 1")
     if clip is not None and not clip > 0: raise ValueError(f"clip={clip}: a positive norm, or None")
     if skip_failed < 0: raise ValueError(f"skip_failed={skip_failed}: 0 or more batches in a row")
-    if schedule_every not in ("epoch", "batch"): raise ValueError(f"schedule_every={schedule_every!r}: 'epoch' or 'batch'")
+    if schedule_every not in ("epoch", "batch"):
+        raise ValueError(f"schedule_every={schedule_every!r}: choose 'epoch' or 'batch'")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}: give e.g. torch.optim.Adam(model.parameters())")
     own = {id(p) for p in model.parameters()}
@@ -181,10 +185,10 @@ def _check(model, loss, data, epochs, optimizer, scheduler, schedule_every, clip
     bad = first_bad(model.named_parameters())
     if bad: raise ValueError(f"parameter {bad} of the model is not finite before training begins")
 
-# %% ../../nbs/lab/01_train.ipynb #b3272bb3
-def _prepare(model, loss, data, optimizer, scheduler, schedule_every, clip, nfe, skip_failed, device, mixed_precision, seed):
+# %% ../../nbs/lab/01_train.ipynb #9a20dc71
+def _prepare(model, loss, data, optimizer, scheduler, schedule_every, clip, nfe, skip_failed, device, precision, seed):
     "Hand model and data to accelerate and fix the seed, another one in each process."
-    accelerator = _accelerator(device, mixed_precision)
+    accelerator = _accelerator(device, precision)
     if isinstance(data, DataLoader): data = accelerator.prepare(data)
     loop = _Loop(accelerator, accelerator.prepare(model), model, loss, data, optimizer, scheduler, schedule_every,
                  clip, nfe, skip_failed)
@@ -200,7 +204,7 @@ def _evaluated(loop, evaluate, row):
     except SolveError as error:
         raise TrainingDiverged(f"the solver gave up in evaluate: {error}", row["epoch"], "all",
                                remedy="what the solver says, or a smaller learning rate") from error
-    if not isinstance(measured, dict): raise TypeError(f"evaluate returned {measured!r:.80}: a dict of numbers is needed")
+    if not isinstance(measured, dict): raise TypeError(f"evaluate returned {measured!r:.80}: give a dict of numbers")
     return {key: float(value) for key, value in measured.items()}
 
 # %% ../../nbs/lab/01_train.ipynb #18402c9b

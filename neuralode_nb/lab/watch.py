@@ -39,7 +39,7 @@ class History:
 
     def to_dict(self): return {column: self[column] for column in self.columns}
 
-# %% ../../nbs/lab/05_watch.ipynb #fc1dbaf7
+# %% ../../nbs/lab/05_watch.ipynb #598a703c
 class Progress:
     "A bar on a terminal, plain lines elsewhere, nothing when `show` is false."
     def __init__(self, epochs, done=0, show=True):
@@ -70,12 +70,15 @@ class Progress:
             if self.bar: self.bar.console.print(line, highlight=False, soft_wrap=True)
             elif self.show: print(line, flush=True)
 
+# %% ../../nbs/lab/05_watch.ipynb #cf23328f
 def _terminal():
+    "The console, if somebody is looking at one."
     from rich.console import Console
     console = Console()
     return console if console.is_terminal and not console.is_jupyter else None
 
 def _bar(console, epochs, done):
+    "A bar with its task."
     from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeRemainingColumn
     bar = Bar(TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[words]}"),
               TimeRemainingColumn(compact=True), console=console, transient=True, auto_refresh=False)

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cache
 from numbers import Rational
 
-# %% ../../nbs/ode/01_trees.ipynb #259993d4
+# %% ../../nbs/ode/01_trees.ipynb #2e6e8ac8
 def as_fraction(
     x:int|Fraction|float|str, # one entry of a table
     where:str="entry",        # its place, for the message
@@ -22,7 +22,8 @@ def as_fraction(
         if isinstance(x, float):
             simple = Fraction(x).limit_denominator(10**6)
             return simple if float(simple) == x else Fraction(repr(float(x)))
-        if isinstance(x, (str, Rational)) and not isinstance(x, bool): return Fraction(x)
+        if isinstance(x, str): return Fraction(x)
+        if isinstance(x, Rational) and not isinstance(x, bool): return Fraction(int(x.numerator), int(x.denominator))
     except (ValueError, OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"{where} = {x!r} is not a finite number; write an int, a Fraction, a float "
                          "or a string such as '1/5' or '0.161'") from error
