@@ -49,7 +49,7 @@ def experiment(
     if missing: raise TypeError(f"{module.__name__} does not export {' and '.join(missing)}")
     return module
 
-# %% ../nbs/cli.ipynb #f546b93f
+# %% ../nbs/cli.ipynb #16745595
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 console, errors = (
     Console(stderr=where, highlight=False, soft_wrap=True, force_jupyter=False) for where in (False, True))
@@ -72,10 +72,12 @@ def _version(wanted:bool):
     raise typer.Exit()
 
 @app.callback()
-def _main(version:Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show versions.")] = False):
+def _main(
+    version:Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show versions.")] = False,
+):
     "Neural ordinary differential equations: experiments, test problems and a demonstration."
 
-# %% ../nbs/cli.ipynb #31d01908
+# %% ../nbs/cli.ipynb #a5cebd06
 def base_folder()->Path: # of results/ and runs/
     "The checkout of this library, or the current folder."
     checkout = Path(neuralode_nb.__file__).parents[1]
@@ -91,7 +93,7 @@ def execute(name, config, device=None, resume=False, results=None, progress=True
     "Run an experiment and save its record with its figures; returns both record and path."
     from neuralode_nb.lab.record import results_folder
     folder = checkpoint_folder(name, config)
-    if resume and not any(folder.glob("*")): console.print(f"There is nothing to go on from for {name}: beginning anew.")
+    if resume and not any(folder.glob("*")): console.print(f"There is nothing to go on from: {name} begins anew.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try: record = experiment(name).run(config, device=device, checkpoint=folder, resume=resume, progress=progress)
     except KeyboardInterrupt:
@@ -100,12 +102,12 @@ def execute(name, config, device=None, resume=False, results=None, progress=True
     if int(os.environ.get("RANK", 0)): return record, None
     return record, record.save(results or results_folder(), show.save)
 
-# %% ../nbs/cli.ipynb #6c6ef125
+# %% ../nbs/cli.ipynb #5f0916bc
 @_command
 def run(
     name:Annotated[str, Argument(help="An experiment; neuralode list shows them.")],
-    profile:Annotated[str, Option(help="smoke: seconds. full: the committed record. demo: for a first look.")] = "smoke",
-    changes:Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")] = None,
+    profile:Annotated[str, Option(help="smoke: seconds; full: the committed record; demo: a first look.")] = "smoke",
+    changes:Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="A change; repeatable.")] = None,
     seed:Annotated[list[int] | None, Option(help="Instead of the profile's seeds; repeatable.")] = None,
     device:Annotated[str | None, Option(help="cpu, cuda, cuda:1 or mps; the best there is by default.")] = None,
     resume:Annotated[bool, Option("--resume", help="Go on from the checkpoints of the same settings.")] = False,
@@ -126,17 +128,18 @@ def _tell(record, path):
     pictures = f" and {len(record.figures)} figures beside it" if record.figures else ""
     console.print(f"{record.seconds:.0f} s; record in {path}{pictures}", markup=False)
 
-# %% ../nbs/cli.ipynb #4cdc6f8c
+# %% ../nbs/cli.ipynb #bbab3a8a
+def _question(module): return (module.__doc__ or module.__name__).strip().split("\n")[0]
+
 @_command
 def list_():
     "Show the experiments and the test problems."
     from neuralode_nb.lab.record import results_folder
     rows = []
     for name in experiments():
-        module = experiment(name)
-        known = {p: "recorded" if (results_folder() / name / f"{p}.json").is_file() else "" for p in profiles(module.Config)}
-        rows.append({"experiment": name, "question": (module.__doc__ or "").strip().split("\n")[0],
-                     "profiles": ", ".join(f"{p} ({r})" if r else p for p, r in known.items())})
+        module, folder = experiment(name), results_folder() / name
+        known = [f"{p} (recorded)" if (folder / f"{p}.json").is_file() else p for p in profiles(module.Config)]
+        rows.append({"experiment": name, "question": _question(module), "profiles": ", ".join(known)})
     console.print(str(show.table(rows, ["experiment", "question", "profiles"])), markup=False)
     console.print(f"\nproblems for neuralode solve: {', '.join(problems())}", markup=False)
 
@@ -159,7 +162,7 @@ def _gradient_rows(problem, y0, t, gradient, **options):
     return [("gradient", gradient), ("f evaluations, backward", stats.backward_f_evals),
             ("relative deviation from direct", ((g - exact).abs().max() / scale).item())]
 
-# %% ../nbs/cli.ipynb #1f824f09
+# %% ../nbs/cli.ipynb #a425587d
 @_command
 def solve(
     problem:Annotated[str, Argument(help="A test problem; neuralode list shows them.")],
@@ -182,28 +185,31 @@ def solve(
             ("f evaluations", s.stats.f_evals), (name, p.error(s.y[-1]) if s.status.ok else None), ("seconds", seconds)]
     if gradient and s.status.ok: rows += _gradient_rows(p, p.y0, t, gradient, **options)
     console.print(f"{p}\n", markup=False)
-    for key, value in rows: console.print(f"{key:34}{f'{value:.3g}' if isinstance(value, float) else value}", markup=False)
+    for key, value in rows:
+        console.print(f"{key:34}{f'{value:.3g}' if isinstance(value, float) else value}", markup=False)
     console.print(f"\n{s.explain()}", markup=False)
     if not s.status.ok: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #3203d8e6
+# %% ../nbs/cli.ipynb #a0a06263
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#222}
 h2{margin-top:3rem}table{border-collapse:collapse;margin:1rem 0}th,td{padding:.2rem .8rem;border-bottom:1px solid #ddd}
 img{max-width:100%}.small{color:#666;font-size:.85rem}code{background:#f4f4f4;padding:.1rem .3rem}.failed{color:#b00}"""
 
 def _section(record)->str:
     "One record as HTML."
-    title = (experiment(record.experiment).__doc__ or record.experiment).strip().split("\n")[0]
+    title = _question(experiment(record.experiment))
     parts = [f"<h2>{html.escape(record.experiment)}</h2><p>{html.escape(title)}</p>", show.table(record.rows()).html()]
     for f in record.failures:
-        parts.append(f"<p class=failed>{html.escape(str(f['label']))}, seed {f['seed']}: {html.escape(f['message'])}</p>")
+        said = html.escape(f"{f['label']}, seed {f['seed']}: {f['message']}")
+        parts.append(f"<p class=failed>{said}</p>")
     for name, figure in record.figures.items():
         picture = base64.b64encode(show.png(figure)).decode()
         parts.append(f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{picture}">'
                      f"<figcaption>{html.escape(name)}</figcaption></figure>")
     parts += [f"<p>{html.escape(note)}</p>" for note in record.notes]
     settings = ", ".join(f"{k} = {v}" for k, v in record.config.items())
-    machine = ", ".join(f"{k} {v}" for k, v in (record.machine | record.versions | record.code).items() if v is not None)
+    facts = record.machine | record.versions | record.code
+    machine = ", ".join(f"{k} {v}" for k, v in facts.items() if v is not None)
     parts.append(f"<p class=small>Again: <code>{html.escape(record.command)}</code><br>{html.escape(settings)}<br>"
                  f"{record.seconds:.0f} s on {html.escape(machine)}; begun {record.started}</p>")
     return "\n".join(parts)
@@ -216,11 +222,11 @@ def report(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     body = "\n".join(map(_section, records))
-    path.write_text(f"<!doctype html><html lang=en><meta charset=utf-8><title>neuralode_nb</title><style>{_STYLE}</style>"
-                    f"<h1>neuralode_nb: what was just trained here</h1>{body}</html>\n", encoding="utf-8")
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>neuralode_nb</title><style>{_STYLE}</style>"
+    path.write_text(f"{head}<h1>neuralode_nb: what was just trained here</h1>{body}</html>\n", encoding="utf-8")
     return path
 
-# %% ../nbs/cli.ipynb #d47fb66a
+# %% ../nbs/cli.ipynb #0ee69d97
 @_command
 def demo(
     device:Annotated[str | None, Option(help="cpu, cuda, cuda:1 or mps; the best there is by default.")] = None,
@@ -229,12 +235,12 @@ def demo(
     "Train on handwritten digits and on spirals, and gather both into one HTML page."
     folder, records = base_folder() / "runs" / "demo", []
     for name in ("digits", "spirals"):
-        console.print(f"\n[bold]{name}[/]: {escape((experiment(name).__doc__ or '').strip())}")
+        console.print(f"\n[bold]{name}[/]: {escape(_question(experiment(name)))}")
         known = profiles(experiment(name).Config)
         record, path = execute(name, known.get("demo", known["smoke"]), device, resume, folder)
         if path: _tell(record, path)
         records.append(record)
-    if int(os.environ.get("RANK", 0)) == 0: console.print(f"\nreport: {report(records, folder / 'index.html')}", markup=False)
+    if path: console.print(f"\nreport: {report(records, folder / 'index.html')}", markup=False)
     if any(not record.runs for record in records): raise typer.Exit(1)
 
 @_command

@@ -40,9 +40,9 @@ def tightly(method, **more):
 def gradients(f, y0, t, method="tsit5", weight=None, **options):
     "Gradients of a weighted sum of all outputs with respect to the leaves in y0, t and the parameters of f."
     y = tree_leaves(solve(f, y0, t, method, **options).y)
-    inputs = [x for x in [*tree_leaves(y0), t, *(f.parameters() if isinstance(f, nn.Module) else ())] if x.requires_grad]
-    loss = sum(((torch.cos(torch.arange(x.numel())).view(x.shape) if weight is None else weight) * x.abs()**2).sum() for x in y)
-    return torch.autograd.grad(loss, inputs)
+    inputs = [x for x in tree_leaves([y0, t, list(f.parameters())]) if isinstance(x, torch.Tensor) and x.requires_grad]
+    waves = [torch.cos(torch.arange(x.numel(), **DOUBLE)).view(x.shape) for x in y] if weight is None else [weight] * len(y)
+    return torch.autograd.grad(sum((w * x.abs()**2).sum() for w, x in zip(waves, y)), inputs)
 
 
 def closeness(found, expected):
@@ -140,7 +140,8 @@ def test_the_error_of_the_adjoint_falls_with_its_own_tolerance():
 
 @pytest.mark.parametrize("adjoint", [
     Adjoint(method="dopri8"), Adjoint(method="rk4", step_size=.01), Adjoint(norm="seminorm"), Adjoint(max_step=.05),
-    Adjoint(first_step=.01), Adjoint(norm=lambda parts: max(p.abs().max() for p in parts)), Adjoint(controller="pi")], ids=str)
+    Adjoint(first_step=.01), Adjoint(norm=lambda parts: max(p.abs().max() for p in parts)), Adjoint(controller="pi")],
+    ids=["method", "fixed steps", "seminorm", "max_step", "first_step", "norm", "controller"])
 def test_the_adjoint_may_have_settings_of_its_own(adjoint):
     field = Field()
     direct = gradients(field, start(3), times(0., .5, 1.), gradient="direct", rtol=1e-9, atol=1e-9)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['solver_options', 'check_settings', 'check_field', 'ODEBlock', 'count_nfe']
 
-# %% ../../nbs/models/01_blocks.ipynb #a6678db2
+# %% ../../nbs/models/01_blocks.ipynb #ac2eefd0
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..ode.solve import check_times, solve
+from ..ode.checks import check_times
+from ..ode.parameters import named_tensors
+from ..ode.solve import solve
 
 # %% ../../nbs/models/01_blocks.ipynb #923679f0
 def solver_options()->tuple:     # of `solve`, less those that a block sets itself
@@ -36,16 +38,19 @@ def check_settings(
     with torch.no_grad(): solve(lambda t, y: torch.zeros_like(y), torch.zeros(1), times, **general, throw=False)
     return times
 
-# %% ../../nbs/models/01_blocks.ipynb #324a2218
+# %% ../../nbs/models/01_blocks.ipynb #1db62564
 def check_field(
     f:Callable,        # field
 )->Callable:           # the same
-    "Raise TypeError for what cannot be called as f(t, y)."
+    "Raise TypeError for what is not f(t, y), ValueError for what hides its parameters."
     if not callable(f): raise TypeError(f"f={f!r} must be callable as f(t, y)")
-    try: inspect.signature(f.forward if isinstance(f, nn.Module) else f).bind(0., 0.)
+    try: inspect.signature(f.forward if isinstance(f, nn.Module) else f).bind("t", "y")
     except TypeError: raise TypeError(f"f={type(f).__name__} does not take (t, y): wrap a network of y alone in "
                                       "Autonomous(net)") from None
     except ValueError: pass      # a built-in without a signature
+    if not isinstance(f, nn.Module) and (hidden := list(named_tensors(f))):
+        raise ValueError(f"f is no module, but uses {', '.join(hidden[:3])}, which an optimizer of the block would not find: "
+                         "make f an nn.Module, or wrap a network of y alone in Autonomous(net)")
     return f
 
 # %% ../../nbs/models/01_blocks.ipynb #b1c2bbe4
