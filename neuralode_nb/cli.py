@@ -49,10 +49,10 @@ def experiment(
     if missing: raise TypeError(f"{module.__name__} does not export {' and '.join(missing)}")
     return module
 
-# %% ../nbs/cli.ipynb #16745595
+# %% ../nbs/cli.ipynb #20ba497f
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 console, errors = (
-    Console(stderr=where, highlight=False, soft_wrap=True, force_jupyter=False) for where in (False, True))
+    Console(stderr=stderr, highlight=False, soft_wrap=True, force_jupyter=False) for stderr in (False, True))
 
 def _command(action):
     "Register a command whose known errors are told in one line."
@@ -190,7 +190,7 @@ def solve(
     console.print(f"\n{s.explain()}", markup=False)
     if not s.status.ok: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #a0a06263
+# %% ../nbs/cli.ipynb #167dd29e
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#222}
 h2{margin-top:3rem}table{border-collapse:collapse;margin:1rem 0}th,td{padding:.2rem .8rem;border-bottom:1px solid #ddd}
 img{max-width:100%}.small{color:#666;font-size:.85rem}code{background:#f4f4f4;padding:.1rem .3rem}.failed{color:#b00}"""
@@ -214,6 +214,7 @@ def _section(record)->str:
                  f"{record.seconds:.0f} s on {html.escape(machine)}; begun {record.started}</p>")
     return "\n".join(parts)
 
+# %% ../nbs/cli.ipynb #fb2bc44c
 def report(
     records:list,      # as returned by `execute`
     path,              # file to write

@@ -1,5 +1,4 @@
 """The command: experiments by name, errors in one line, exit codes, and a Ctrl-C that loses one epoch at most."""
-import importlib
 import os
 import signal
 import subprocess
@@ -80,12 +79,9 @@ def toy(tmp_path, monkeypatch):
     "An experiment that is found like the library's own, in a folder of its own."
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "toy.py").write_text(TOY)
-    try: package = importlib.import_module("neuralode_nb.experiments")
-    except ModuleNotFoundError:
-        package = types.ModuleType("neuralode_nb.experiments")
-        package.__path__ = []
-        monkeypatch.setitem(sys.modules, "neuralode_nb.experiments", package)
-    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / "more")])
+    package = types.ModuleType("neuralode_nb.experiments")
+    package.__path__ = [str(tmp_path / "more")]
+    monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.delitem(sys.modules, "neuralode_nb.experiments.toy", raising=False)
     monkeypatch.setattr(cli, "base_folder", lambda: tmp_path)
     monkeypatch.setenv("NEURALODE_RESULTS", str(tmp_path / "results"))
@@ -132,8 +128,9 @@ def test_resume_goes_on_only_with_the_same_settings(toy):
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on_exactly(toy):
-    script = ("import sys; from pathlib import Path; import neuralode_nb.cli as cli\n"
-              f"import neuralode_nb.experiments as e; e.__path__.append({str(toy / 'more')!r}); cli.base_folder = lambda: Path({str(toy)!r})\n"
+    script = ("import sys, types; from pathlib import Path; import neuralode_nb.cli as cli\n"
+              "sys.modules['neuralode_nb.experiments'] = e = types.ModuleType('neuralode_nb.experiments')\n"
+              f"e.__path__ = [{str(toy / 'more')!r}]; cli.base_folder = lambda: Path({str(toy)!r})\n"
               "cli.app(sys.argv[1:])")
     words = ["run", "toy", "--profile", "full", "--set", "pause=0.1"]
     with subprocess.Popen([sys.executable, "-c", script, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -204,13 +201,11 @@ def test_a_solve_that_fails_says_why():
     assert done.exit_code == 1 and "max_steps" in done.output
 
 
-def test_the_demonstration_is_one_page(toy, monkeypatch):
+def test_the_demonstration_is_one_page(toy):
     text = (toy / "more" / "toy.py").read_text()
     for name in "digits", "spirals":
         (toy / "more" / f"{name}.py").write_text(text.replace('record_run("toy"', f'record_run("{name}"'))
         sys.modules.pop(f"neuralode_nb.experiments.{name}", None)
-    package = sys.modules["neuralode_nb.experiments"]
-    monkeypatch.setattr(package, "__path__", package.__path__[::-1])  # ours first
     try: done = neuralode("demo", "--device", "cpu")
     finally:
         for name in "digits", "spirals": sys.modules.pop(f"neuralode_nb.experiments.{name}", None)

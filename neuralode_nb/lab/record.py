@@ -135,7 +135,7 @@ def _attempt(record, seed, label):
             "epoch": getattr(error, "epoch", None), "batch": getattr(error, "batch", None)})
         _keep(record, seed, label, getattr(error, "history", None))
 
-# %% ../../nbs/lab/02_record.ipynb #7696ef7e
+# %% ../../nbs/lab/02_record.ipynb #ab0d343f
 def _summary(record):
     "label -> metric -> mean, sd, n."
     found = {}
@@ -157,10 +157,12 @@ def _rows(record, metrics):
         row = {"variant": label, "seeds": max((v["n"] for v in numbers.values()), default=0),
                "failed": sum(f["label"] == label for f in record.failures)}
         for name in metrics or dict.fromkeys(k for metrics_of in summary.values() for k in metrics_of):
-            v = numbers.get(name)
-            row[name] = None if v is None else f"{v['mean']:.4g}" + (f" ± {v['sd']:.2g}" if v["n"] > 1 else "")
+            row[name] = _words(numbers.get(name))
         out.append(row)
     return out
+
+def _words(v): # mean ± sd, or nothing
+    return None if v is None else f"{v['mean']:.4g}" + (f" ± {v['sd']:.2g}" if v["n"] > 1 else "")
 
 # %% ../../nbs/lab/02_record.ipynb #909faefe
 def results_folder()->Path:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# %% ../../nbs/ode/07_dense.ipynb #a4b2ab9f
+# %% ../../nbs/ode/07_dense.ipynb #e01c96c8
 @lru_cache(maxsize=64)
 def exponents(n:int, device:torch.device) -> Tensor:
     "1, 2, ..., n"
@@ -26,6 +26,7 @@ def interpolate(
     theta:Float[Tensor, ' places'],          # place in that step, in [0, 1], real type of y
 )->Float[Tensor, ' places *state']:          # one state per place
     "The polynomials of several steps, each at several places; differentiable in every tensor."
+    dense = dense[:stages.shape[1]]         # a closing stage without weight need not be there
     weights = (theta[:, None] ** exponents(dense.shape[1], theta.device)) @ dense.t()
     flat = torch.baddbmm(y.reshape(len(y), 1, -1)[step], weights[:, None].to(stages.dtype), stages[step])
     return flat.view(len(step), *y.shape[1:])
