@@ -20,8 +20,8 @@ from neuralode_nb.ode.problems import PROBLEMS, observed_order
 
 manufactured = PROBLEMS["manufactured"]   # nonlinear and non-autonomous
 ALL = {**PROBLEMS, **DETEST}
-CALM = ["decay", "logistic", "cosine", "prothero_robinson", "manufactured", "A1", "A2", "A3", "A4", "B2", "B3", "C1", "C2",
-        "C3", "C4", "E1", "E4", "E5"]
+CALM = ["decay", "logistic", "cosine", "prothero_robinson", "manufactured", "A1", "A2", "A3", "A4", "B2", "B3",
+        "C1", "C2", "C3", "C4", "E1", "E4", "E5"]
 TOLERANCES = [1e-3, 1e-6, 1e-9]
 each_method = pytest.mark.parametrize("method", METHODS)
 each_tolerance = pytest.mark.parametrize("tol", TOLERANCES, ids=str)
@@ -34,7 +34,8 @@ def without_gradient():
 
 # ------------------------------------------------------------------------------------------------------------- order
 
-STEPS = {1: (256, 512, 1024), 2: (64, 128, 256), 3: (32, 64, 128), 4: (32, 64, 128), 5: (32, 64, 128), 8: (16, 20, 24, 32)}
+STEPS = {1: (256, 512, 1024), 2: (64, 128, 256), 3: (32, 64, 128), 4: (32, 64, 128), 5: (32, 64, 128),
+         8: (16, 20, 24, 32)}
 
 
 @each_method

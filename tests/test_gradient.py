@@ -19,6 +19,7 @@ each_exact = pytest.mark.parametrize("gradient", EXACT)
 each_gradient = pytest.mark.parametrize("gradient", ALL)
 each_way = pytest.mark.parametrize("way", [1, -1], ids=["forward", "backward"])
 DOUBLE = dict(dtype=torch.float64)
+TIGHT = dict(rtol=1e-10, atol=1e-10)
 
 
 class Field(nn.Module):
@@ -32,17 +33,12 @@ class Field(nn.Module):
         return self.b(torch.tanh(self.a(torch.cat([y, time], -1))))
 
 
-def tightly(method, **more):
-    "Arguments for a solve that is accurate enough to compare gradients."
-    return dict(rtol=1e-9, atol=1e-9, **more) if find_tableau(method).adaptive else dict(step_size=1 / 50, **more)
-
-
 def gradients(f, y0, t, method="tsit5", weight=None, **options):
     "Gradients of a weighted sum of all outputs with respect to the leaves in y0, t and the parameters of f."
     y = tree_leaves(solve(f, y0, t, method, **options).y)
     inputs = [x for x in tree_leaves([y0, t, list(f.parameters())]) if isinstance(x, torch.Tensor) and x.requires_grad]
-    waves = [torch.cos(torch.arange(x.numel(), **DOUBLE)).view(x.shape) for x in y] if weight is None else [weight] * len(y)
-    return torch.autograd.grad(sum((w * x.abs()**2).sum() for w, x in zip(waves, y)), inputs)
+    wave = lambda x: torch.cos(torch.arange(x.numel(), **DOUBLE)).view(x.shape) if weight is None else weight
+    return torch.autograd.grad(sum((wave(x) * x.abs()**2).sum() for x in y), inputs)
 
 
 def closeness(found, expected):
@@ -69,8 +65,9 @@ def times(*values, way=1):
 def test_gradients_of_state_and_every_time_agree_with_central_differences(method, gradient, way):
     "Fixed steps: with adaptive ones the differences would also see the choice of steps."
     field = Field()
-    def f(y0, t): return solve(field, y0, t, method, gradient=gradient, step_size=.11).y
-    assert gradcheck(f, (start(2, 3), times(0., .3, .62, 1., way=way)), eps=1e-6, atol=1e-6, rtol=1e-6)
+    def f(y0, t): return solve(field, y0, t, method, gradient=gradient, step_size=.21).y
+    inputs = (start(1, 3), times(0., .3, .62, 1., way=way))
+    assert gradcheck(f, inputs, eps=1e-6, atol=1e-6, rtol=1e-6, fast_mode=method != "rk4")
 
 
 @each_exact
@@ -83,27 +80,30 @@ def test_gradients_of_parameters_and_args_agree_with_central_differences(method,
             weights = dict(zip(names, args["weights"]))
             return args["rate"] * torch.func.functional_call(field, weights, (t, y)) + args["shift"][0]
         args = {"rate": rate, "shift": [shift, "unused"], "weights": parameters}
-        return solve(rhs, start(2, 3).detach(), [0., .3, 1.], method, args=args, gradient=gradient, step_size=.13).y
+        return solve(rhs, start(2, 3).detach(), [0., .3, 1.], method, args=args, gradient=gradient, step_size=.23).y
     inputs = (start(1), start(3), *[p.detach().clone().requires_grad_() for p in field.parameters()])
-    assert gradcheck(f, inputs, eps=1e-6, atol=1e-6, rtol=1e-6)
+    assert gradcheck(f, inputs, eps=1e-6, atol=1e-6, rtol=1e-6, fast_mode=method != "rk4")
 
 
 @each_way
 @each_gradient
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_adaptive_gradients_agree_with_central_differences_to_the_tolerance(method, gradient, way):
-    tol = 1e-5 if method in ("adaptive_heun", "fehlberg2") else 1e-9
+    tol = {"adaptive_heun": 1e-4, "fehlberg2": 1e-4, "bosh3": 1e-6}.get(method, 1e-9)
     def f(y0, t, w):
         return solve(lambda t, y: w * torch.cos(t + y), y0, t, method, gradient=gradient, rtol=tol, atol=tol).y
     inputs = (start(2), times(0., .4, 1., way=way), start(1))
-    assert gradcheck(f, inputs, eps=1e-3 if tol > 1e-6 else 1e-4, atol=max(1e-6, 300 * tol), rtol=1e-4, fast_mode=tol > 1e-6)
+    assert gradcheck(f, inputs, eps=1e-2 if tol > 1e-6 else 1e-3, atol=max(1e-5, 30 * tol), rtol=1e-2, fast_mode=True)
 
 
-@each_exact
-def test_the_gradient_of_t0_with_an_own_first_step_and_stops(gradient):
-    def f(t): return solve(lambda t, y: -t * y, start(2).detach(), t, gradient=gradient, step_t=[.25], jump_t=[.5], rtol=1e-11,
-                           atol=1e-11).y
-    assert gradcheck(f, (times(0., .4, 1.),), eps=1e-5, atol=1e-6)
+@each_way
+@each_gradient
+@pytest.mark.parametrize("stops", ["step_t", "jump_t"])
+def test_the_stops_stay_where_they_are_when_t_is_differentiated(stops, gradient, way):
+    "y' = y before the jump, y' = -y after it: y(t1) = exp(2 jump - t0 - t1), whichever way time runs."
+    jump, t = .5 * way, times(0., 1., way=way)
+    y = solve(lambda t, y: torch.where(t < jump, 1., -1.) * y, torch.ones(1, **DOUBLE), t, gradient=gradient, **TIGHT, **{stops: [jump]}).y[-1]
+    assert torch.allclose(torch.autograd.grad(y.sum(), t)[0], -way * y.detach(), rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------- the methods agree among themselves
@@ -113,18 +113,18 @@ def test_the_gradient_of_t0_with_an_own_first_step_and_stops(gradient):
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpoint_is_direct_to_ten_digits(method, way):
     field, t = Field(), times(0., .21, .5, .5, .93, 1., way=way)
-    direct, checkpoint = (gradients(field, start(4, 3), t, method, gradient=g, rtol=1e-5, atol=1e-6,
-                                    **({} if method in ADAPTIVE else {"step_size": .1})) for g in EXACT)
+    options = dict(rtol=1e-4, atol=1e-4) if method in ADAPTIVE else dict(step_size=.1)
+    direct, checkpoint = (gradients(field, start(4, 3), t, method, gradient=g, **options) for g in EXACT)
     assert closeness(checkpoint, direct) < 1e-10
 
 
 @each_way
 @pytest.mark.parametrize("method", METHODS)
 def test_the_adjoint_agrees_to_its_tolerance(method, way):
-    if method in ("euler", "fehlberg2", "adaptive_heun"): allowed, tol, step = 5e-2, 1e-5, 1e-2
-    else: allowed, tol, step = 1e-4, 1e-9, 1e-2
+    low = method in ("euler", "fehlberg2", "adaptive_heun")
+    allowed, tol = (5e-2, 1e-4) if low else (1e-3, 1e-6) if method == "bosh3" else (1e-4, 1e-8)
     field, t = Field(), times(0., .33, .5, 1., way=way)
-    options = dict(rtol=tol, atol=tol) if method in ADAPTIVE else dict(step_size=step)
+    options = dict(rtol=tol, atol=tol) if method in ADAPTIVE else dict(step_size=.01 if low else .02)
     direct, adjoint = (gradients(field, start(3), t, method, gradient=g, **options) for g in ("direct", "adjoint"))
     assert closeness(adjoint, direct) < allowed
 
@@ -169,7 +169,7 @@ def test_the_parts_of_a_structured_state_get_their_gradients(structure, gradient
         return structure(w * torch.sin(b.sum() + t) * a, torch.cos(a.sum()) * b)
     def of(gradient):
         a, b = start(2), start(3, 2)
-        y = solve(f, structure(a, b), times(0., .5, 1.), gradient=gradient, rtol=1e-10, atol=1e-10).y
+        y = solve(f, structure(a, b), times(0., .5, 1.), gradient=gradient, **TIGHT).y
         return torch.autograd.grad(sum((x**2).sum() for x in tree_leaves(y)), [a, b, w])
     assert closeness(of(gradient), of("direct")) < (1e-6 if gradient == "adjoint" else 1e-10)
 
@@ -189,7 +189,7 @@ def test_complex_states_and_parameters(gradient):
     def of(gradient):
         y0 = torch.tensor([1 + 1j, 2 - 1j], dtype=torch.complex128, requires_grad=True)
         t = times(0., .5, 1.)
-        y = solve(lambda t, y: w * y * torch.cos(t), y0, t, gradient=gradient, rtol=1e-10, atol=1e-10).y
+        y = solve(lambda t, y: w * y * torch.cos(t), y0, t, gradient=gradient, **TIGHT).y
         return torch.autograd.grad((y.abs()**2).sum() + y.real.sum() - 2 * y.imag[1:].sum(), [y0, t, w])
     assert closeness(of(gradient), of("direct")) < (1e-6 if gradient == "adjoint" else 1e-10)
 
@@ -197,7 +197,7 @@ def test_complex_states_and_parameters(gradient):
 @each_gradient
 def test_a_real_parameter_of_a_complex_state_gets_a_real_gradient(gradient):
     w, y0 = start(1), torch.tensor([1 + 1j], dtype=torch.complex128)
-    y = solve(lambda t, y: 1j * w * y, y0, [0., 1.], gradient=gradient, rtol=1e-10, atol=1e-10).y
+    y = solve(lambda t, y: 1j * w * y, y0, [0., 1.], gradient=gradient, **TIGHT).y
     y[-1].real.sum().backward()
     phase = torch.exp(1j * w.detach()) * y0
     assert w.grad.dtype == torch.float64 and torch.allclose(w.grad, (1j * phase).real, rtol=1e-6)
@@ -242,7 +242,7 @@ def test_gradients_under_autocast_are_those_of_direct():
 
 def decay(w, gradient, f=None, **options):
     "Gradient for w of the end of y' = -w y; the truth is -exp(-w)."
-    y = solve(f or (lambda t, y: -w * y), torch.ones(1, **DOUBLE), [0., 1.], gradient=gradient, rtol=1e-10, atol=1e-10, **options).y
+    y = solve(f or (lambda t, y: -w * y), torch.ones(1, **DOUBLE), [0., 1.], gradient=gradient, **TIGHT, **options).y
     return torch.autograd.grad(y[-1].sum(), w)[0]
 
 
@@ -279,7 +279,7 @@ def test_gradients_flow_on_into_what_an_activation_was_made_of(gradient):
     x, y0 = torch.ones(2, **DOUBLE), start(3)
     def of(gradient):
         code = encoder(x)
-        y = solve(lambda t, y: torch.tanh(code * y), y0, [0., 1.], gradient=gradient, rtol=1e-10, atol=1e-10).y
+        y = solve(lambda t, y: torch.tanh(code * y), y0, [0., 1.], gradient=gradient, **TIGHT).y
         return torch.autograd.grad(y[-1].sum(), [y0, *encoder.parameters()])
     assert closeness(of(gradient), of("direct")) < (1e-6 if gradient == "adjoint" else 1e-10)
 
@@ -288,7 +288,7 @@ def test_gradients_flow_on_into_what_an_activation_was_made_of(gradient):
 def test_one_tensor_may_be_state_and_parameter_at_once(gradient):
     def of(gradient):
         x = start(3)
-        y = solve(lambda t, y: torch.sin(x * y), x * 1, [0., 1.], gradient=gradient, rtol=1e-10, atol=1e-10).y
+        y = solve(lambda t, y: torch.sin(x * y), x * 1, [0., 1.], gradient=gradient, **TIGHT).y
         return torch.autograd.grad(y[-1].sum(), [x])
     assert closeness(of(gradient), of("direct")) < (1e-6 if gradient == "adjoint" else 1e-10)
 
@@ -297,8 +297,7 @@ def test_one_tensor_may_be_state_and_parameter_at_once(gradient):
 def test_one_tensor_may_be_in_args_and_in_a_closure_at_once(gradient):
     def of(gradient):
         w = start(1)
-        y = solve(lambda t, y, args: -w * args["w"] * y, start(2).detach(), [0., 1.], args={"w": w}, gradient=gradient, rtol=1e-10,
-                  atol=1e-10).y
+        y = solve(lambda t, y, args: -w * args["w"] * y, start(2).detach(), [0., 1.], args={"w": w}, gradient=gradient, **TIGHT).y
         return torch.autograd.grad(y[-1].sum(), [w])
     assert closeness(of(gradient), of("direct")) < (1e-6 if gradient == "adjoint" else 1e-10)
 
@@ -315,7 +314,7 @@ def test_shared_parameters_and_submodules(gradient):
             for part in self.again: y = part(y)
             return y @ self.weight
     field = Shared()
-    direct, found = (gradients(field, start(2, 3), times(0., .5), gradient=g, rtol=1e-10, atol=1e-10) for g in ("direct", gradient))
+    direct, found = (gradients(field, start(2, 3), times(0., .5), gradient=g, **TIGHT) for g in ("direct", gradient))
     assert closeness(found, direct) < (1e-5 if gradient == "adjoint" else 1e-10)
 
 
@@ -327,7 +326,7 @@ def test_a_parameter_that_f_uses_only_later_in_time(gradient):
             self.early, self.late = nn.Parameter(start(1).detach()), nn.Parameter(start(1).detach())
         def forward(self, t, y): return -(self.early if t < .5 else self.late) * y
     field = Switch()
-    y = solve(field, torch.ones(1, **DOUBLE), [0., 1.], gradient=gradient, jump_t=[.5], rtol=1e-10, atol=1e-10).y
+    y = solve(field, torch.ones(1, **DOUBLE), [0., 1.], gradient=gradient, jump_t=[.5], **TIGHT).y
     y[-1].sum().backward()
     for p in field.parameters(): assert torch.allclose(p.grad, -.5 * torch.exp(-field.early.detach()), rtol=1e-5)
 
@@ -336,7 +335,7 @@ def test_a_parameter_that_f_uses_only_later_in_time(gradient):
 def test_a_closure_tensor_that_f_uses_only_later_in_time(gradient):
     early, late = start(1), [start(1) * 1]       # the second one is not a leaf and lies in a list
     f = lambda t, y: -(early if t < .5 else late[0]) * y
-    y = solve(f, torch.ones(1, **DOUBLE), [0., 1.], gradient=gradient, jump_t=[.5], rtol=1e-10, atol=1e-10).y
+    y = solve(f, torch.ones(1, **DOUBLE), [0., 1.], gradient=gradient, jump_t=[.5], **TIGHT).y
     for g in torch.autograd.grad(y[-1].sum(), [early, late[0]]): assert torch.allclose(g, -.5 * torch.exp(-early), rtol=1e-5)
 
 
@@ -431,8 +430,8 @@ def test_outputs_inside_steps_carry_gradients(gradient, way):
 def test_repeated_times_share_a_gradient(gradient):
     field = Field()
     y0, t = start(3), times(0., 0., .5, .5, 1., 1.)
-    found = gradients(field, y0, t, gradient=gradient, weight=1., rtol=1e-10, atol=1e-10)
-    once = gradients(field, start(3), s := times(0., .5, 1.), gradient="direct", weight=2., rtol=1e-10, atol=1e-10)
+    found = gradients(field, y0, t, gradient=gradient, weight=1., **TIGHT)
+    once = gradients(field, start(3), s := times(0., .5, 1.), gradient="direct", weight=2., **TIGHT)
     assert torch.allclose(found[0], once[0], rtol=1e-6)
     assert torch.allclose(found[1].view(3, 2).sum(1), once[1], rtol=1e-5) and s.requires_grad
 
@@ -469,10 +468,10 @@ def test_a_half_precision_or_single_precision_time_gets_its_gradient_in_its_type
 
 def test_dense_output_is_differentiable_with_direct():
     w, y0 = start(1), start(2)
-    solution = solve(lambda t, y: -w * y, y0, [0., 1.], gradient="direct", dense=True, rtol=1e-10, atol=1e-10)
+    solution = solve(lambda t, y: -w * y, y0, [0., 1.], gradient="direct", dense=True, **TIGHT)
     g = torch.autograd.grad(solution(.7).sum(), [w, y0])
     assert torch.allclose(g[0], -.7 * torch.exp(-.7 * w) * y0.sum(), rtol=1e-6)
-    y = odeint_dense(lambda t, y: -w * y, y0, torch.tensor(0.), torch.tensor(1.), rtol=1e-10, atol=1e-10)
+    y = odeint_dense(lambda t, y: -w * y, y0, torch.tensor(0.), torch.tensor(1.), **TIGHT)
     assert torch.allclose(torch.autograd.grad(y(.7).sum(), w)[0], g[0], rtol=1e-6)
 
 
@@ -484,7 +483,7 @@ def test_dense_output_is_differentiable_with_direct():
 def test_second_derivatives_agree_with_central_differences(method, gradient):
     field = Field(2)
     def f(y0, t): return solve(field, y0, t, method, gradient=gradient, step_size=.3).y[1:]
-    assert gradgradcheck(f, (start(2), times(0., .4, .9)), atol=1e-5, rtol=1e-5)
+    assert gradgradcheck(f, (start(2), times(0., .4, .9)), atol=1e-5, rtol=1e-5, fast_mode=True)
 
 
 def test_second_derivatives_of_checkpoint_are_those_of_direct():
@@ -572,7 +571,7 @@ def test_the_functions_of_torchdiffeq_give_the_same_gradient(odeint_, gradient):
 
 def count_tensors():
     "Tensors alive in Python."
-    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+    return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
 
 @each_gradient

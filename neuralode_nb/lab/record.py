@@ -110,7 +110,7 @@ class Record:
     def rows(self, metrics=None): return _rows(self, metrics)
     def save(self, root, draw=None): return _save(self, root, draw)
 
-# %% ../../nbs/lab/02_record.ipynb #b7888c23
+# %% ../../nbs/lab/02_record.ipynb #0e39d2f8
 def _keep(record, seed, label, history, most=200):
     "The history of one run, thinned to `most` epochs."
     if not history: return
@@ -120,7 +120,7 @@ def _keep(record, seed, label, history, most=200):
     record.history[f"{label or record.experiment}, seed {seed}"] = kept.to_dict()
 
 def _add(record, seed, metrics, history, label):
-    bad = {k: v for k, v in metrics.items() if not isinstance(getattr(v, "item", lambda: v)(), (int, float))}
+    bad = {k: v for k, v in metrics.items() if not isinstance(v.item() if hasattr(v, "item") else v, (int, float))}
     if bad: raise TypeError(f"metrics are numbers, but {bad!r:.80}")
     record.runs.append({"label": label or record.experiment, "seed": seed, "metrics": dict(metrics)})
     _keep(record, seed, label, history)
