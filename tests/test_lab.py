@@ -211,6 +211,21 @@ def test_a_scheduler_counts_epochs_or_batches():
     assert rates("epoch") == [1.0, 0.5] and rates("batch") == [1.0, 0.125]
 
 
+@pytest.mark.parametrize("make", [
+    lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [1, 3], 0.1),
+    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+    lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 1 / (1 + e))], ids=["steps", "cosine", "lambda"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_optimizers_and_schedulers_go_on_exactly(tmp_path, make, kind):
+    def run(epochs, path, **options):
+        seed_all(0)
+        model = nn.Linear(1, 1)
+        optimizer = kind(model.parameters(), lr=0.1)
+        return simple(model, path, epochs=epochs, optimizer=optimizer, scheduler=make(optimizer), **options).curve()
+    run(2, tmp_path / "a.pt")
+    assert run(5, tmp_path / "a.pt", resume=True) == run(5, None)
+
+
 def test_evaluations_are_counted_and_callbacks_called():
     seen = []
     history = simple(nn.Linear(1, 1), nfe=lambda m: {"forward": 14, "backward": 20},
@@ -219,6 +234,14 @@ def test_evaluations_are_counted_and_callbacks_called():
     assert history["nfe_forward"] == [14, 14] and history["nfe_backward"] == [20, 20] and seen == [1, 2]
     assert history["training"] == [0, 0] and history["gradients"] == [0, 0]
     assert simple(nn.Linear(1, 1), nfe=lambda m: 26)["nfe"] == [26, 26]
+
+
+def test_progress_is_one_line_per_epoch_where_nobody_looks(capsys):
+    simple(nn.Linear(1, 1), progress="seed 7", nfe=lambda m: 26)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1].startswith("seed 7: epoch 2/2  loss 0.") and "  nfe 26  " in lines[1]
+    simple(nn.Linear(1, 1))
+    assert not capsys.readouterr().out
 
 
 def test_the_model_is_left_as_it_was_found():
@@ -314,7 +337,9 @@ def test_failed_batches_may_be_passed_over_a_few_in_a_row():
     (dict(loss=lambda m, b: m(b[0])), "must be a scalar tensor"),
     (dict(loss=lambda m, b: torch.zeros(())), "depends on the parameters"),
     (dict(evaluate=lambda m: 0.5), "evaluate returned 0.5"), (dict(data=torch.zeros(3)), "data is a Tensor"),
-    (dict(optimizer="adam"), "optimizer is a str"),
+    (dict(optimizer="adam"), "optimizer is a str"), (dict(kind=torch.optim.LBFGS), "LBFGS needs more"),
+    (dict(checkpoint="."), "is a folder: name a file in it"),
+    (dict(path="a.pt", data=DataLoader(TensorDataset(X, X), num_workers=1, persistent_workers=True)), "random state"),
     (dict(optimizer=torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1)), "no parameter of this model")])
 def test_misuse_is_named(options, message):
     with pytest.raises((TypeError, ValueError), match=message): simple(nn.Linear(1, 1), **options)
@@ -477,6 +502,20 @@ def test_cifar_sheets_are_read_in_order(tmp_path, monkeypatch):
     assert test.x[102, :, 5, 7].tolist() == [10, 20, 30] and test.x.sum() == 60 * 32 * 32 and test.y[102] == 2
     (folder / "test.webp").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match="test.webp is damaged"): load("cifar10", "test")
+
+
+def test_what_torchvision_has_is_taken_as_it_is(tmp_path, monkeypatch):
+    import torchvision
+    class Stub:
+        def __init__(self, root, train, download):
+            if Path(root) != tmp_path / "neuralode_nb": raise RuntimeError("not here")
+            self.data, self.targets = np.full((4, 32, 32, 3), [1, 2, 3], np.uint8), [0, 1, 2, 3]
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Stub)
+    monkeypatch.setenv("NEURALODE_DATA", str(tmp_path / "empty"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    train = load("cifar10", download=False)
+    assert train.x.shape == (4, 3, 32, 32) and train.x[0, :, 0, 0].tolist() == [1, 2, 3]
+    assert train.y.tolist() == [0, 1, 2, 3] and train.source == "torchvision"
 
 
 @pytest.mark.skipif(not os.environ.get("NEURALODE_DATA"), reason="NEURALODE_DATA is not set: no real data at hand")

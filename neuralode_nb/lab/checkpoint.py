@@ -6,9 +6,10 @@
 __all__ = ['rng_state', 'set_rng_state', 'kept_rng', 'CheckpointError', 'previous', 'write_checkpoint', 'read_checkpoint',
            'load_weights', 'capture', 'restore', 'generators']
 
-# %% ../../nbs/lab/03_checkpoint.ipynb #a6d94445
+# %% ../../nbs/lab/03_checkpoint.ipynb #778dd6cd
 import copy
 import os
+import pickle
 import random
 import sys
 import warnings
@@ -46,7 +47,7 @@ def kept_rng():
     try: yield
     finally: set_rng_state(state)
 
-# %% ../../nbs/lab/03_checkpoint.ipynb #5bda0dbf
+# %% ../../nbs/lab/03_checkpoint.ipynb #1d73fed9
 class CheckpointError(RuntimeError):
     "A checkpoint that cannot be used: damaged, of another model, or of another run."
 
@@ -67,11 +68,13 @@ def write_checkpoint(
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    if fresh: previous(path).unlink(missing_ok=True)
+    if fresh:
+        _read(temporary)  # now is the time to notice a state that could not be read back
+        previous(path).unlink(missing_ok=True)
     elif path.exists(): os.replace(path, previous(path))
     os.replace(temporary, path)
 
-# %% ../../nbs/lab/03_checkpoint.ipynb #6326dc38
+# %% ../../nbs/lab/03_checkpoint.ipynb #a0226cbc
 def _read(path):
     "The content of one file; raises CheckpointError that names the file and what is wrong with it."
     try:
@@ -79,6 +82,8 @@ def _read(path):
         if broken: raise CheckpointError(f"{path} is damaged: wrong checksum in {broken}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError: raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than numbers, text and tensors: {error}") from error
     except Exception as error:  # every way in which a cut or foreign file can fail to be a checkpoint
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 

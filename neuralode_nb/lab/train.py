@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['seed_all', 'fit']
 
-# %% ../../nbs/lab/01_train.ipynb #518cb42d
+# %% ../../nbs/lab/01_train.ipynb #2b51e466
 import math
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -162,7 +163,7 @@ def _resume(loop, path, seed):
     for generator, value in zip(generators(loop.data), here["data"]): generator.set_state(value)
     return History(state["history"])
 
-# %% ../../nbs/lab/01_train.ipynb #78ca25b2
+# %% ../../nbs/lab/01_train.ipynb #7fe27b41
 def _check(model, loss, data, epochs, optimizer, scheduler, schedule_every, clip, skip_failed):
     "Raise for what cannot work, before any work."
     for name, value in {"loss": loss, "data": None if isinstance(data, (DataLoader, list, tuple)) else data}.items():
@@ -182,6 +183,8 @@ def _check(model, loss, data, epochs, optimizer, scheduler, schedule_every, clip
         raise ValueError("optimizer holds no parameter of this model: was it made for another one?")
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("scheduler belongs to another optimizer")
+    for part, name in (optimizer, "LBFGS"), (scheduler, "ReduceLROnPlateau"):
+        if type(part).__name__ == name: raise TypeError(f"{name} needs more than a gradient per step: choose another")
     bad = first_bad(model.named_parameters())
     if bad: raise ValueError(f"parameter {bad} of the model is not finite before training begins")
 
@@ -207,7 +210,7 @@ def _evaluated(loop, evaluate, row):
     if not isinstance(measured, dict): raise TypeError(f"evaluate returned {measured!r:.80}: give a dict of numbers")
     return {key: float(value) for key, value in measured.items()}
 
-# %% ../../nbs/lab/01_train.ipynb #18402c9b
+# %% ../../nbs/lab/01_train.ipynb #95d9d5a3
 def _run(loop, epochs, evaluate, seed, checkpoint, resume, on_epoch, progress):
     "The epochs that are still to do; what went before comes from the checkpoint."
     resumed = resume and (os.path.exists(checkpoint) or previous(checkpoint).exists())
@@ -215,7 +218,7 @@ def _run(loop, epochs, evaluate, seed, checkpoint, resume, on_epoch, progress):
     main, training = loop.accelerator.is_main_process, loop.bare.training
     good = capture(loop.parts)
     try:
-        with Progress(epochs, len(history), progress and main) as bar:
+        with Progress(epochs, len(history), main and progress) as bar:
             for epoch in range(len(history) + 1, epochs + 1):
                 row = _epoch(loop, epoch, bar)
                 row |= _evaluated(loop, evaluate, row)
@@ -234,7 +237,20 @@ def _run(loop, epochs, evaluate, seed, checkpoint, resume, on_epoch, progress):
         loop.bare.train(training)
     return history
 
-# %% ../../nbs/lab/01_train.ipynb #fd0be00b
+# %% ../../nbs/lab/01_train.ipynb #bd944bfd
+def _check_checkpoint(path, resume, data):
+    "Raise for a checkpoint that could not be written, or would not be exact, before any work."
+    if path is None:
+        if resume: raise ValueError("resume=True needs checkpoint=PATH")
+        return
+    path = Path(path)
+    if path.is_dir(): raise ValueError(f"checkpoint={str(path)!r} is a folder: name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK): raise PermissionError(f"checkpoint={str(path)!r}: the folder is read-only")
+    if getattr(data, "persistent_workers", False):
+        raise ValueError("persistent_workers=True keeps random state that no checkpoint can see: make it False")
+
+# %% ../../nbs/lab/01_train.ipynb #6fc5e9fd
 def fit(
     model:torch.nn.Module,          # trained in place
     loss,                           # loss(model, batch) -> scalar tensor
@@ -254,11 +270,11 @@ def fit(
     resume:bool=False,              # go on from `checkpoint` if there is one
     skip_failed:int=0,              # failed batches in a row to pass over before stopping
     on_epoch=(),                    # on_epoch(row, model), or several, in the main process after each epoch
-    progress:bool=True,             # show it
+    progress=True,                  # show it; a text, such as "seed 0", is put in front
 )->History:                         # one row per epoch
     "Train `model`; raises TrainingDiverged, with the model back at its last good state."
     _check(model, loss, data, epochs, optimizer, scheduler, schedule_every, clip, skip_failed)
-    if resume and checkpoint is None: raise ValueError("resume=True needs checkpoint=PATH")
+    _check_checkpoint(checkpoint, resume, data)
     loop = _prepare(model, loss, data, optimizer, scheduler, schedule_every, clip, nfe, skip_failed,
                     device, mixed_precision, seed)
     return _run(loop, epochs, evaluate, seed, checkpoint, resume, on_epoch, progress)

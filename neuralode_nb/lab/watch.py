@@ -39,12 +39,12 @@ class History:
 
     def to_dict(self): return {column: self[column] for column in self.columns}
 
-# %% ../../nbs/lab/05_watch.ipynb #598a703c
+# %% ../../nbs/lab/05_watch.ipynb #2bd76db4
 class Progress:
-    "A bar on a terminal, plain lines elsewhere, nothing when `show` is false."
+    "A bar on a terminal, plain lines elsewhere, nothing when `show` is false; a text goes in front."
     def __init__(self, epochs, done=0, show=True):
         self.epochs, self.first, self.begun, self.show, self.bar = epochs, done, time.monotonic(), show, None
-        self.drawn = self.begun
+        self.drawn, self.title = self.begun, f"{show}: " if isinstance(show, str) else ""
         with kept_rng(): console = _terminal() if show else None
         if console: self.bar, self.task = _bar(console, epochs, done)
 
@@ -60,12 +60,12 @@ class Progress:
         if not self.bar or time.monotonic() - self.drawn < 0.1: return
         self.drawn = time.monotonic()
         with kept_rng(): self.bar.update(self.task, completed=epoch - 1 + fraction, words=words(row), refresh=True,
-                                         description=f"epoch {epoch}/{self.epochs}")
+                                         description=f"{self.title}epoch {epoch}/{self.epochs}")
 
     def epoch(self, epoch, row):
         "After an epoch: one line that stays."
         left = (time.monotonic() - self.begun) / (epoch - self.first) * (self.epochs - epoch)
-        line = f"epoch {epoch}/{self.epochs}  {words(row)}  {row['seconds']:.1f} s  {left:.0f} s left"
+        line = f"{self.title}epoch {epoch}/{self.epochs}  {words(row)}  {row['seconds']:.1f} s  {left:.0f} s left"
         with kept_rng():
             if self.bar: self.bar.console.print(line, highlight=False, soft_wrap=True)
             elif self.show: print(line, flush=True)

@@ -86,7 +86,7 @@ def solve_backward(plan:Plan, stats:Stats) -> Tensor:
     error.args = (f"in the backward pass (gradient='adjoint'): {error}",)
     raise error
 
-# %% ../../nbs/ode/12_adjoint.ipynb #0de6a064
+# %% ../../nbs/ode/12_adjoint.ipynb #035b828c
 def adjoint_gradients(job:Job, y:Tensor, t:Tensor|None, tensors:list, g:Tensor) -> list:
     "Gradients for (y0, t, *tensors) from the adjoint equation."
     args, f = job.leaves(tensors)
@@ -101,16 +101,18 @@ def adjoint_gradients(job:Job, y:Tensor, t:Tensor|None, tensors:list, g:Tensor) 
     resets = {x: reset(x) for x in list(at)[1:-1]}
     if len(at) > 1: z = solve_backward(backward_plan(job, f, params, z, resets), job.run.stats)
     a0 = z[n:2 * n] if len(at) > 1 else torch.zeros_like(g[0])
-    t_bar = None if t is None else torch.stack([-slope(0, a0), *[slope(i, g[i]) for i in range(1, len(times))]]).to(t)
+    if t is not None:      # an observation at t0 again is y0, whatever its time
+        moved = [slope(i, g[i]) if times[i] != times[0] else g.new_zeros(()).real for i in range(1, len(times))]
+        t = torch.stack([-slope(0, a0), *moved]).to(t)
     found = iter(z[2 * n:].split([p.numel() for p in params]))
     shaped = [typed(next(found), x) if x.requires_grad else None for x in inputs]
-    return [(a0 + jump[times[0]]).view_as(y[0]), t_bar, *shaped]
+    return [(a0 + jump[times[0]]).view_as(y[0]), t, *shaped]
 
 def typed(flat:Tensor, like:Tensor) -> Tensor:
     "A gradient in the shape and type of its tensor."
     return (flat if like.is_complex() or not flat.is_complex() else flat.real).view(like.shape).to(like.dtype)
 
-# %% ../../nbs/ode/12_adjoint.ipynb #ae48546d
+# %% ../../nbs/ode/12_adjoint.ipynb #b3b487aa
 class AdjointSolve(torch.autograd.Function):
     "Solve without a graph; solve the adjoint equation backward. Nothing kept but the observations."
     @staticmethod
@@ -127,4 +129,5 @@ class AdjointSolve(torch.autograd.Function):
             raise RuntimeError("gradient='adjoint' cannot be differentiated twice (create_graph=True): use "
                                "gradient='checkpoint' or 'direct'")
         y, t, *tensors = ctx.saved_tensors
-        return None, *adjoint_gradients(ctx.job, y, t if ctx.needs_input_grad[2] else None, tensors, g)
+        with torch.autocast(g.device.type, enabled=False):
+            return None, *adjoint_gradients(ctx.job, y, t if ctx.needs_input_grad[2] else None, tensors, g)

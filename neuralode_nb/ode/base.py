@@ -100,7 +100,7 @@ def spread(name:str, value, layout:Layout) -> Tensor:
              for v, s in zip(leaves, layout.shapes)]
     return torch.cat(parts)
 
-# %% ../../nbs/ode/00_base.ipynb #a578dc76
+# %% ../../nbs/ode/00_base.ipynb #4b87e398
 def rms_norm(x:Tensor) -> float:
     "Root mean square, as a host number: one read from the device."
     return torch.linalg.vector_norm(x).item() / math.sqrt(max(x.numel(), 1))
@@ -116,7 +116,9 @@ def norm_for(
     "The norm in which errors are measured."
     if norm is not None:
         return lambda x: float(norm(layout.unflatten(x.view(layout.shapes[0]) if layout.plain else x)))
-    if layout.plain: return rms_norm
+    if layout.plain:
+        root = math.sqrt(max(layout.shapes[0].numel(), 1))
+        return lambda x: torch.linalg.vector_norm(x).item() / root
     sizes = [s.numel() for s in layout.shapes if s.numel()]
     roots = torch.tensor([n ** -.5 for n in sizes], dtype=layout.time, device=layout.device)
     def mixed(x):
@@ -140,7 +142,7 @@ class Status(IntEnum):
         "True if the solution reached where it was meant to go."
         return self in (Status.success, Status.terminated_by_event)
 
-# %% ../../nbs/ode/00_base.ipynb #bd835306
+# %% ../../nbs/ode/00_base.ipynb #159d7082
 CAUSE = {
     Status.success: "the solve reached the end of t",
     Status.max_steps: "the solve used up max_steps",
@@ -156,8 +158,9 @@ REMEDY = {
     Status.max_steps: "raise max_steps, loosen rtol/atol, or use a method for stiff problems if stiffness is large",
     Status.step_underflow: "the solution may blow up here, or the problem is stiff or discontinuous: shorten t, name "
                            "discontinuities in jump_t, or use a method for stiff problems",
-    Status.non_finite_state: "check y0 and the input of the model; a fixed step may be too long: halve step_size",
-    Status.non_finite_field: "look for log, sqrt or division of y inside f, or shorten the step with max_step",
+    Status.non_finite_state: "check y0 and the input of the model; if the steps are fixed, halve step_size",
+    Status.non_finite_field: "look for log, sqrt or division of y inside f, for enormous parameters, and for a solution that "
+                             "blows up; shorten the steps with max_step or step_size",
     Status.non_finite_parameter: "training has diverged before this solve: lower the learning rate, clip gradients, "
                                  "restore the last good parameters",
 }
@@ -181,7 +184,7 @@ class Stats:
         if h < self.smallest_step: self.smallest_step = h
         if h > self.largest_step: self.largest_step = h
 
-# %% ../../nbs/ode/00_base.ipynb #4d3647cf
+# %% ../../nbs/ode/00_base.ipynb #1185908d
 @dataclass
 class Failure:
     "Where and why a solve stopped."
@@ -192,7 +195,8 @@ class Failure:
     parameter: str|None = None     # name of the first parameter that is not finite
     stiffness: float = 0.
     def __str__(self):
-        parts = [f"{CAUSE[self.status]} (status {self.status.name}) at t={self.time:.6g}, step {self.step:.3g}"]
+        parts = [f"{CAUSE[self.status]} (status {self.status.name}) at t={self.time:.6g}"]
+        parts.append(f"step {self.step:.3g}" if self.step else "before the first step")
         if self.parameter: parts.append(f"parameter {self.parameter}")
         if self.sample is not None: parts.append(f"sample {self.sample}")
         if self.stiffness: parts.append(f"stiffness |h λ| about {self.stiffness:.2g}")

@@ -92,7 +92,7 @@ def whole_graph(job:Job, y0:Tensor, t:Tensor|None, tensors:list, g:Tensor) -> li
     found = iter(torch.autograd.grad(y, wanted, g, create_graph=True, allow_unused=True))
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #38ee2cfd
+# %% ../../nbs/ode/11_checkpoint.ipynb #00fcb5f6
 class CheckpointSolve(torch.autograd.Function):
     "Solve without a graph; retrace the accepted steps backward. Exact, one state kept per step."
     @staticmethod
@@ -107,5 +107,6 @@ class CheckpointSolve(torch.autograd.Function):
     def backward(ctx, g:Tensor):
         y0, t, *tensors = ctx.saved_tensors
         t = t if ctx.needs_input_grad[2] else None
-        if torch.is_grad_enabled(): return None, *whole_graph(ctx.job, y0, t, tensors, g)
-        return None, *step_by_step(ctx.job, t, tensors, g)
+        with torch.autocast(g.device.type, enabled=False):
+            if torch.is_grad_enabled(): return None, *whole_graph(ctx.job, y0, t, tensors, g)
+            return None, *step_by_step(ctx.job, t, tensors, g)

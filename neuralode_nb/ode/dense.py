@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# %% ../../nbs/ode/07_dense.ipynb #e01c96c8
+# %% ../../nbs/ode/07_dense.ipynb #4da50ea5
 @lru_cache(maxsize=64)
 def exponents(n:int, device:torch.device) -> Tensor:
     "1, 2, ..., n"
@@ -20,26 +20,27 @@ def exponents(n:int, device:torch.device) -> Tensor:
 
 def interpolate(
     y:Tensor,                               # y_n of each step: (steps, *state)
-    stages:Float[Tensor, 'steps stages n'], # their h k_i
+    stages:Float[Tensor, 'steps stages n'], # their k_i
+    h:Float[Tensor, ' steps'],              # their lengths
     dense:Float[Tensor, 'stages powers'],   # d
     step:Tensor,                            # which step each place lies in, (places,)
     theta:Float[Tensor, ' places'],          # place in that step, in [0, 1], real type of y
 )->Float[Tensor, ' places *state']:          # one state per place
     "The polynomials of several steps, each at several places; differentiable in every tensor."
     dense = dense[:stages.shape[1]]         # a closing stage without weight need not be there
-    weights = (theta[:, None] ** exponents(dense.shape[1], theta.device)) @ dense.t()
+    weights = (theta[:, None] ** exponents(dense.shape[1], theta.device)) @ dense.t() * h[step, None]
     flat = torch.baddbmm(y.reshape(len(y), 1, -1)[step], weights[:, None].to(stages.dtype), stages[step])
     return flat.view(len(step), *y.shape[1:])
 
-# %% ../../nbs/ode/07_dense.ipynb #edffd869
+# %% ../../nbs/ode/07_dense.ipynb #1ae91dd3
 class DenseSolution:
     "A solve as one function of time."
     def __init__(self, layout, dense:Tensor, steps:list):
         self.layout, self.coefficients = layout, dense
-        starts, ends, ys, stages = zip(*steps)            # stages are h k_i
+        starts, ends, ys, stages, hs = zip(*steps)       # stages are k_i, to be multiplied by h
         self.starts, self.ends = torch.tensor([starts, ends], dtype=torch.float64)
         self.span, self.sign = (starts[0], ends[-1]), 1. if ends[-1] >= starts[0] else -1.
-        self.y, self.stages = torch.stack(ys), torch.stack(stages)
+        self.y, self.stages, self.h = torch.stack(ys), torch.stack(stages), torch.tensor(hs, dtype=torch.float64).to(dense)
 
     def place(self, t:Tensor) -> tuple:
         "Step number and place in it, for float64 times on the host. Raises ValueError outside the solve."
@@ -55,5 +56,5 @@ class DenseSolution:
         "The state at t (number or tensor of any shape, which leads the result's)."
         t = torch.as_tensor(t, dtype=torch.float64, device='cpu')
         step, theta = (x.to(self.y.device) for x in self.place(t.reshape(-1)))
-        values = interpolate(self.y, self.stages, self.coefficients, step, theta.to(self.coefficients.dtype))
+        values = interpolate(self.y, self.stages, self.h, self.coefficients, step, theta.to(self.coefficients.dtype))
         return self.layout.unflatten(values.view(*t.shape, *self.y.shape[1:]))

@@ -34,11 +34,11 @@ def packed(tableau:Tableau, dtype:torch.dtype, device:torch.device) -> Float[Ten
         if c.error is not None: table[-1] = c.error
         return table
 
-# %% ../../nbs/ode/05_explicit.ipynb #11951093
+# %% ../../nbs/ode/05_explicit.ipynb #5e714393
 class StageBuffer:
     "The stages of a step in one reused buffer; no gradient flows through it."
     def __init__(self, tableau:Tableau, like:Tensor):
-        self.table, self.shape = packed(tableau, like.dtype, like.device), like.shape
+        self.table = packed(tableau, like.dtype, like.device)
         n, self.scaled = self.table.shape[1], torch.empty_like(self.table)
         self.weights = [self.scaled[i, :i] for i in range(n)]
         self.k = torch.zeros(n, like.numel(), dtype=like.dtype, device=like.device)   # zeros: 0 * nan is nan
@@ -54,7 +54,7 @@ class StageBuffer:
 
     def argument(self, i:int) -> Tensor:
         "$Y_i$"
-        return torch.addmv(self.y, self.before[i], self.weights[i]).view(self.shape)
+        return torch.addmv(self.y, self.before[i], self.weights[i]).view_as(self.rows[0])    # thrice as fast as view
 
     def put(self, i:int, k:Tensor):
         "Keep $k_i$."
@@ -65,10 +65,10 @@ class StageBuffer:
         return torch.mv(self.before[-1], self.scaled[-1])
 
     def stacked(self) -> Tensor:
-        "All $h k_i$, shape (stages, numbers in the state)."
-        return self.k * self.h
+        "All $k_i$ (to be multiplied by `h`), shape (stages, numbers in the state)."
+        return self.k.clone()
 
-# %% ../../nbs/ode/05_explicit.ipynb #aa2a48a2
+# %% ../../nbs/ode/05_explicit.ipynb #da60b820
 class StageList:
     "The stages of a step as tensors of their own; gradients flow to y, k and a tensor h."
     def __init__(self, tableau:Tableau, like:Tensor):
@@ -101,8 +101,8 @@ class StageList:
         return total.reshape(-1)
 
     def stacked(self) -> Tensor:
-        "All $h k_i$, shape (stages, numbers in the state)."
-        return torch.stack([k.reshape(-1) for k in self.k]) * self.h
+        "All $k_i$ (to be multiplied by `h`), shape (stages, numbers in the state)."
+        return torch.stack([k.reshape(-1) for k in self.k])
 
 # %% ../../nbs/ode/05_explicit.ipynb #38678dc8
 def explicit_step(

@@ -22,7 +22,7 @@ from .explicit import StageBuffer, StageList
 from .parameters import named_tensors
 from .steps import Adaptive, Clock, OnGrid, Plan, Stepper
 
-# %% ../../nbs/ode/10_loop.ipynb #7798493e
+# %% ../../nbs/ode/10_loop.ipynb #6be06bfd
 ROOM = 2**22   # numbers that may wait to be read off together
 
 class Output:
@@ -43,8 +43,8 @@ class Output:
         if inner > first or self.kept is not None:
             if self.stepper.dense_needs_closing: self.stepper.close(y1)
             stages = self.stepper.stages.stacked()
-            if self.kept is not None: self.kept.append((start, end, y, stages))
-            if inner > first: self.waiting.append((start, end, first, inner, y, stages))
+            if self.kept is not None: self.kept.append((start, end, y, stages, self.stepper.stages.h))
+            if inner > first: self.waiting.append((start, end, first, inner, y, stages, self.stepper.stages.h))
             if self.waiting and stages.numel() * (inner - self.waiting[0][2]) > ROOM: self.flush()
         if last > inner: self.flush(); self.pieces.append(y1.expand(last - inner, *y1.shape))
 
@@ -53,16 +53,17 @@ class Output:
         if self.waiting: self.pieces.append(read_off(self.waiting, self.clock, self.times, self.stepper.c.dense))
         self.waiting = []
 
-# %% ../../nbs/ode/10_loop.ipynb #a79373f0
+# %% ../../nbs/ode/10_loop.ipynb #d5422159
 def read_off(waiting:list, clock:Clock, times:Tensor, dense:Tensor) -> Tensor:
     "Observations inside the steps that wait, all in one product; they follow one another in `times`."
-    starts, ends, firsts, lasts, y, stages = zip(*waiting)
+    starts, ends, firsts, lasts, y, stages, h = zip(*waiting)
     counts = torch.tensor([last - first for first, last in zip(firsts, lasts)], device=times.device)
     step = torch.arange(len(waiting), device=times.device).repeat_interleave(counts, output_size=lasts[-1] - firsts[0])
     theta = clock.places(starts, ends, step, times, firsts[0])
-    return interpolate(torch.stack(y), torch.stack(stages), dense, step, theta)
+    h = torch.tensor(h, dtype=torch.float64).to(dense)
+    return interpolate(torch.stack(y), torch.stack(stages), h, dense, step, theta)
 
-# %% ../../nbs/ode/10_loop.ipynb #8593c004
+# %% ../../nbs/ode/10_loop.ipynb #2c99704b
 def first_bad_sample(layout:Layout, flat:Tensor) -> int|None:
     "First index along the first axis of a state at which it is not finite; None if there is no such axis."
     for leaf in tree_leaves(layout.unflatten(flat)):
@@ -76,9 +77,9 @@ def diagnose(
     steepness:float=0.,
 )->Failure:
     "Name the cause behind a status: parameters first, then the state, then f."
-    source = {n: p for n, p in named_tensors(plan.source).items() if not p.isfinite().all()}
-    where = dict(time=t, step=abs(h), stiffness=steepness)
-    if source: return Failure(Status.non_finite_parameter, parameter=next(iter(source)), **where)
+    where = dict(time=t, step=abs(h) if math.isfinite(h or 0.) else 0., stiffness=steepness)
+    for name, p in named_tensors(plan.source).items():
+        if not p.isfinite().all(): return Failure(Status.non_finite_parameter, parameter=name, **where)
     if not y.isfinite().all(): return Failure(Status.non_finite_state, sample=first_bad_sample(plan.layout, y), **where)
     k = plan.f(clock(t), y)
     if not k.isfinite().all(): return Failure(Status.non_finite_field, sample=first_bad_sample(plan.layout, k), **where)

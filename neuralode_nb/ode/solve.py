@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRADIENTS', 'Adjoint', 'check_gradient_name', 'backward_settings', 'make_plan', 'refuse_dense', 'run_plan', 'solve']
 
-# %% ../../nbs/ode/15_solve.ipynb #4d688120
+# %% ../../nbs/ode/15_solve.ipynb #75320380
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Callable
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .base import Solution, SolveError, Status, layout_of, norm_for, tolerance
-from .checks import (check_field, check_grid, check_times, find_method, flat_field, gaps, positive,
-                                     stop_times)
+from .checks import (as_times, check_field, check_grid, check_times, find_method, flat_field, gaps, keep_autocast,
+                                     positive, stop_times)
 from .control import find_controller
 from .gradient import Job, differentiable_march
 from .parameters import named_tensors
@@ -64,7 +64,7 @@ def backward_settings(plan:Plan, own) -> Plan|None:
     elif own.method is not None: changes['grid'] = None if tableau.adaptive else plan.grid or gaps
     return replace(plan, tableau=tableau, **changes)
 
-# %% ../../nbs/ode/15_solve.ipynb #b9c73413
+# %% ../../nbs/ode/15_solve.ipynb #aafb777f
 def make_plan(
     f, y0, t, tableau:Tableau,
     grid:Callable,            # (tableau, times, max_steps) -> how steps are laid, or None
@@ -74,6 +74,7 @@ def make_plan(
     "Everything that `solve` takes, checked and in one form."
     check_field(f, args)
     layout = layout_of(y0)
+    source, f = f, keep_autocast(f, layout.device)
     times, _ = check_times(t)
     leaves, spec = tree_flatten(args)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
@@ -88,10 +89,10 @@ def make_plan(
         grid(tableau, times, int(positive('max_steps', max_steps))),
         None if first_step is None else positive('first_step', first_step), positive('min_step', min_step, zero=True),
         positive('max_step', max_step, infinite=True), stop_times('step_t', step_t), stop_times('jump_t', jump_t),
-        int(max_steps), dense, source=f, rebind=rebind)
+        int(max_steps), dense, source=source, rebind=rebind)
     return plan, tensors
 
-# %% ../../nbs/ode/15_solve.ipynb #3806f76c
+# %% ../../nbs/ode/15_solve.ipynb #25af945b
 def refuse_dense(plan:Plan, gradient:str, t, *inputs):
     "Dense output of a solve without a graph would carry no gradient, silently. Raises ValueError."
     if not plan.keep_dense or gradient == 'direct' or not torch.is_grad_enabled(): return
@@ -104,9 +105,10 @@ def run_plan(
     plan:Plan, tensors:list, t, gradient, params=None, throw:bool=True, block_norm=None, backward=None, callbacks=None,
 )->Solution:
     "Solve a checked plan and unflatten the answer."
-    t = t if isinstance(t, Tensor) else torch.tensor(plan.times, dtype=torch.float64)
+    t = as_times(t)
     job = Job(plan, tuple(tensors), backward, params, block_norm, callbacks or {})
-    run = differentiable_march(job, t if t.requires_grad else None, gradient)
+    with torch.autocast(plan.layout.device.type, enabled=False):        # f brings its own
+        run = differentiable_march(job, t if t.requires_grad else None, gradient)
     status = run.failure.status if run.failure else Status.success
     solution = Solution(plan.layout.unflatten(run.y), t, status, run.stats, run.failure, run.dense, plan.tableau.name)
     if run.failure is not None and throw: raise SolveError(run.failure, solution)

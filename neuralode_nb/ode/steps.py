@@ -50,21 +50,20 @@ class Plan:
         "+1 forward in time, -1 backward."
         return math.copysign(1., self.times[-1] - self.times[0])
 
-# %% ../../nbs/ode/09_steps.ipynb #a871a7e3
+# %% ../../nbs/ode/09_steps.ipynb #210f1a39
 class Clock:
     "Host times as tensors; as functions of the user's t, if that is differentiated."
     def __init__(self, plan:Plan, t:Tensor|None=None):
         self.dtype, self.device = plan.layout.time, plan.layout.device
         self.t, self.index = (None, {}) if t is None else (t, {x: i for i, x in enumerate(plan.times)})
-        self.start, self.span = plan.times[0], (plan.times[-1] - plan.times[0]) or 1.
+        self.start, self.still = plan.times[0], () if plan.grid else {*plan.step_t, *plan.jump_t}
         self.latest = None, None       # the end of a step is the start of the next
 
     def exact(self, x:float) -> Tensor:
         "Time x as a float64 function of t."
         if x in self.index: return self.t[self.index[x]].double()
-        share = (x - self.start) / self.span
-        moving = self.t[0].double() * (1 - share) + self.t[-1].double() * share
-        return moving + (x - moving.detach())
+        if x in self.still: return torch.full((), x, dtype=torch.float64, device=self.t.device)
+        return self.t[0].double() + (x - self.start)
 
     def __call__(self, x:float, nudge:float=0.) -> Tensor:
         "Time x for f; `nudge` is the direction of a move to the neighbouring number."
@@ -85,13 +84,13 @@ class Clock:
         t = (times if self.t is None else self.t.double())[first:first + len(step)]
         return ((t - begin[step]) / (end - begin)[step]).to(self.device, self.dtype)
 
-# %% ../../nbs/ode/09_steps.ipynb #6b4d3edc
+# %% ../../nbs/ode/09_steps.ipynb #b065d5ca
 @torch.no_grad()
 def steepness(
-    stages:Tensor,  # h k_i as rows, the closing one included
+    stages:Tensor,  # k_i as rows, the closing one included
     rows:tuple,     # of the table
 )->Tensor:          # |h λ|, 0-dimensional, still on the device
-    "Estimate |h λ| from the last two stages of a step."
+    "Estimate |h λ| from the last two stages of a step; h itself drops out."
     difference = rows[-1].clone()
     difference[:-1] -= rows[-2]
     rise = torch.linalg.vector_norm(stages[-1] - stages[-2])
