@@ -152,6 +152,12 @@ def test_a_finished_run_is_only_read_back(tmp_path):
     assert again.rows == history.rows and torch.equal(first.weight, second.weight)
 
 
+def test_fewer_epochs_than_the_checkpoint_has_are_refused(tmp_path):
+    simple(nn.Linear(1, 1), tmp_path / "a.pt", epochs=3)
+    with pytest.raises(ck.CheckpointError, match="has 3 epochs, more than epochs=2"):
+        simple(nn.Linear(1, 1), tmp_path / "a.pt", resume=True)
+
+
 def test_resume_without_a_checkpoint_begins_at_the_beginning(tmp_path):
     assert len(simple(nn.Linear(1, 1), tmp_path / "deep" / "a.pt", resume=True)) == 2
 
@@ -326,6 +332,12 @@ def test_failed_batches_may_be_passed_over_a_few_in_a_row():
     with pytest.raises(TrainingDiverged, match=r"epoch 1, batch 4: batch\[0\] has values"):
         history({1, 2, 3}, skip_failed=2)
     with pytest.raises(TrainingDiverged, match="batch 6"): history(set(range(6)), skip_failed=9)  # nothing was learned
+
+
+def test_a_failed_batch_leaves_no_trace_in_running_statistics():
+    model = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1))
+    simple(model, data=[(X, X), (X / 0, X), (X, X)], skip_failed=1)
+    assert all(torch.isfinite(b).all() for b in model.buffers()) and torch.isfinite(model.eval()(X)).all()
 
 
 @pytest.mark.parametrize("options, message", [

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'kept_rng', 'CheckpointError', 'previous', 'write_checkpoint', 'read_checkpoint',
-           'load_weights', 'capture', 'restore', 'generators']
+           'check_checkpoint', 'load_weights', 'capture', 'restore', 'generators']
 
 # %% ../../nbs/lab/03_checkpoint.ipynb #778dd6cd
 import copy
@@ -100,6 +100,23 @@ def read_checkpoint(
         if problems: warnings.warn(f"{problems[0]}; going on from {candidate}", RuntimeWarning, stacklevel=2)
         return state
     raise CheckpointError("; ".join(problems) + ". Nothing is left to go on from: delete and start anew.")
+
+# %% ../../nbs/lab/03_checkpoint.ipynb #2bce34fe
+def check_checkpoint(
+    path,              # file, or None for no checkpoint
+    resume:bool,       # is it to be read first?
+    data=None,         # what is trained on
+):
+    "Raise for a checkpoint that could not be written, or that would not be exact."
+    if path is None:
+        if resume: raise ValueError("resume=True needs checkpoint=PATH")
+        return
+    path = Path(path)
+    if path.is_dir(): raise ValueError(f"checkpoint={str(path)!r} is a folder: name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK): raise PermissionError(f"checkpoint={str(path)!r}: the folder is read-only")
+    if getattr(data, "persistent_workers", False):
+        raise ValueError("persistent_workers=True keeps random state that no checkpoint can see: make it False")
 
 # %% ../../nbs/lab/03_checkpoint.ipynb #9963e407
 def load_weights(

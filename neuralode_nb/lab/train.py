@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_all', 'fit']
 
-# %% ../../nbs/lab/01_train.ipynb #2b51e466
+# %% ../../nbs/lab/01_train.ipynb #25215584
 import math
 import os
 import time
@@ -18,9 +18,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.utils.data import DataLoader
 
-from neuralode_nb.lab.checkpoint import (
-    CheckpointError, capture, generators, kept_rng, previous, read_checkpoint, restore, rng_state, set_rng_state,
-    write_checkpoint)
+from .checkpoint import (
+    CheckpointError, capture, check_checkpoint, generators, kept_rng, previous, read_checkpoint, restore, rng_state,
+    set_rng_state, write_checkpoint)
 from .watch import History, Progress, TrainingDiverged, diagnose, first_bad
 from ..ode.base import SolveError
 
@@ -46,7 +46,7 @@ def _accelerator(device, mixed_precision):
         if number: torch.cuda.set_device(int(number))
     return Accelerator(cpu=kind == "cpu", mixed_precision=chosen)
 
-# %% ../../nbs/lab/01_train.ipynb #ee132b3d
+# %% ../../nbs/lab/01_train.ipynb #95212d79
 @dataclass
 class _Loop:
     "What one epoch needs."
@@ -61,6 +61,7 @@ class _Loop:
     clip: float
     nfe: object
     skip_failed: int
+    good: dict                     # the state after the last good epoch
 
     @property
     def parts(self): return {"model": self.bare, "optimizer": self.optimizer, "scheduler": self.scheduler}
@@ -102,7 +103,25 @@ def _step(loop, batch):
     if loop.scheduler and loop.schedule_every == "batch": loop.scheduler.step()
     return result, norm
 
-# %% ../../nbs/lab/01_train.ipynb #a15b3bd7
+# %% ../../nbs/lab/01_train.ipynb #d721e418
+def _mend(loop):
+    "Buffers that a failed batch has spoiled, as they were after the last good epoch."
+    for name, buffer in loop.bare.named_buffers():
+        if name in loop.good["model"] and not torch.isfinite(buffer).all(): buffer.copy_(loop.good["model"][name])
+
+def _counts(loop):
+    "What `nfe` says after a batch, as columns of the history."
+    if loop.nfe is None: return {}
+    count = loop.nfe(loop.bare)
+    return {f"nfe_{k}": float(v) for k, v in count.items()} if isinstance(count, dict) else {"nfe": float(count)}
+
+def _diverged(loop, batch, value, epoch, number):
+    cause, parameter, remedy = diagnose(loop.bare, batch, value)
+    error = TrainingDiverged(cause, epoch, number, parameter, remedy)
+    if isinstance(value, Exception): error.__cause__ = value
+    return error
+
+# %% ../../nbs/lab/01_train.ipynb #2ee66558
 def _epoch(loop, epoch, bar):
     "Train one epoch and say how it went: one row of the history."
     loop.model.train()
@@ -114,6 +133,7 @@ def _epoch(loop, epoch, bar):
         if norm is None:
             skipped, in_a_row = skipped + 1, in_a_row + 1
             if in_a_row > loop.skip_failed: raise _diverged(loop, batch, value, epoch, number)
+            _mend(loop)
             continue
         good, in_a_row = good + 1, 0
         for key, count in {"loss": value, "grad_norm": norm, **_counts(loop)}.items():
@@ -127,19 +147,6 @@ def _epoch(loop, epoch, bar):
         values = loop.accelerator.reduce(torch.tensor(list(row.values()), device=loop.accelerator.device), "mean")
         row = dict(zip(row, values.tolist()))
     return {"epoch": epoch} | row | {"lr": lr, "skipped": skipped, "seconds": time.monotonic() - start}
-
-# %% ../../nbs/lab/01_train.ipynb #ef0c9eb4
-def _counts(loop):
-    "What `nfe` says after a batch, as columns of the history."
-    if loop.nfe is None: return {}
-    count = loop.nfe(loop.bare)
-    return {f"nfe_{k}": float(v) for k, v in count.items()} if isinstance(count, dict) else {"nfe": float(count)}
-
-def _diverged(loop, batch, value, epoch, number):
-    cause, parameter, remedy = diagnose(loop.bare, batch, value)
-    error = TrainingDiverged(cause, epoch, number, parameter, remedy)
-    if isinstance(value, Exception): error.__cause__ = value
-    return error
 
 # %% ../../nbs/lab/01_train.ipynb #1c779f61
 def _save(loop, path, seed, history, fresh):
@@ -188,16 +195,17 @@ def _check(model, loss, data, epochs, optimizer, scheduler, schedule_every, clip
     bad = first_bad(model.named_parameters())
     if bad: raise ValueError(f"parameter {bad} of the model is not finite before training begins")
 
-# %% ../../nbs/lab/01_train.ipynb #9a20dc71
+# %% ../../nbs/lab/01_train.ipynb #930d7b8a
 def _prepare(model, loss, data, optimizer, scheduler, schedule_every, clip, nfe, skip_failed, device, precision, seed):
     "Hand model and data to accelerate and fix the seed, another one in each process."
     accelerator = _accelerator(device, precision)
     if isinstance(data, DataLoader): data = accelerator.prepare(data)
     loop = _Loop(accelerator, accelerator.prepare(model), model, loss, data, optimizer, scheduler, schedule_every,
-                 clip, nfe, skip_failed)
+                 clip, nfe, skip_failed, {})
     set_seed(seed, device_specific=True)
     return loop
 
+# %% ../../nbs/lab/01_train.ipynb #b4c2b864
 def _evaluated(loop, evaluate, row):
     "What `evaluate` measures: in eval mode, without gradients, and without touching the random generators."
     if evaluate is None: return {}
@@ -210,26 +218,29 @@ def _evaluated(loop, evaluate, row):
     if not isinstance(measured, dict): raise TypeError(f"evaluate returned {measured!r:.80}: give a dict of numbers")
     return {key: float(value) for key, value in measured.items()}
 
-# %% ../../nbs/lab/01_train.ipynb #95d9d5a3
+# %% ../../nbs/lab/01_train.ipynb #c0535aaf
 def _run(loop, epochs, evaluate, seed, checkpoint, resume, on_epoch, progress):
     "The epochs that are still to do; what went before comes from the checkpoint."
     resumed = resume and (os.path.exists(checkpoint) or previous(checkpoint).exists())
     history = _resume(loop, checkpoint, seed) if resumed else History()
+    if len(history) > epochs:
+        raise CheckpointError(f"{checkpoint} has {len(history)} epochs, more than epochs={epochs}")
     main, training = loop.accelerator.is_main_process, loop.bare.training
-    good = capture(loop.parts)
+    calls = [on_epoch] if callable(on_epoch) else list(on_epoch)
+    loop.good = capture(loop.parts)
     try:
         with Progress(epochs, len(history), main and progress) as bar:
             for epoch in range(len(history) + 1, epochs + 1):
                 row = _epoch(loop, epoch, bar)
                 row |= _evaluated(loop, evaluate, row)
                 history.rows.append(row)
-                good = capture(loop.parts)
+                loop.good = capture(loop.parts)
                 with kept_rng():
-                    for call in ([on_epoch] if callable(on_epoch) else on_epoch) if main else (): call(row, loop.bare)
+                    for call in calls if main else (): call(row, loop.bare)
                 if checkpoint: _save(loop, checkpoint, seed, history, fresh=epoch == 1)
                 bar.epoch(epoch, row)
     except TrainingDiverged as error:
-        restore(loop.parts, good)
+        restore(loop.parts, loop.good)
         error.history = history
         raise
     finally:
@@ -237,20 +248,7 @@ def _run(loop, epochs, evaluate, seed, checkpoint, resume, on_epoch, progress):
         loop.bare.train(training)
     return history
 
-# %% ../../nbs/lab/01_train.ipynb #bd944bfd
-def _check_checkpoint(path, resume, data):
-    "Raise for a checkpoint that could not be written, or would not be exact, before any work."
-    if path is None:
-        if resume: raise ValueError("resume=True needs checkpoint=PATH")
-        return
-    path = Path(path)
-    if path.is_dir(): raise ValueError(f"checkpoint={str(path)!r} is a folder: name a file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK): raise PermissionError(f"checkpoint={str(path)!r}: the folder is read-only")
-    if getattr(data, "persistent_workers", False):
-        raise ValueError("persistent_workers=True keeps random state that no checkpoint can see: make it False")
-
-# %% ../../nbs/lab/01_train.ipynb #6fc5e9fd
+# %% ../../nbs/lab/01_train.ipynb #668c768b
 def fit(
     model:torch.nn.Module,          # trained in place
     loss,                           # loss(model, batch) -> scalar tensor
@@ -274,7 +272,7 @@ def fit(
 )->History:                         # one row per epoch
     "Train `model`; raises TrainingDiverged, with the model back at its last good state."
     _check(model, loss, data, epochs, optimizer, scheduler, schedule_every, clip, skip_failed)
-    _check_checkpoint(checkpoint, resume, data)
+    check_checkpoint(checkpoint, resume, data)
     loop = _prepare(model, loss, data, optimizer, scheduler, schedule_every, clip, nfe, skip_failed,
                     device, mixed_precision, seed)
     return _run(loop, epochs, evaluate, seed, checkpoint, resume, on_epoch, progress)

@@ -39,7 +39,7 @@ class History:
 
     def to_dict(self): return {column: self[column] for column in self.columns}
 
-# %% ../../nbs/lab/05_watch.ipynb #2bd76db4
+# %% ../../nbs/lab/05_watch.ipynb #aa7dc6a9
 class Progress:
     "A bar on a terminal, plain lines elsewhere, nothing when `show` is false; a text goes in front."
     def __init__(self, epochs, done=0, show=True):
@@ -47,6 +47,7 @@ class Progress:
         self.drawn, self.title = self.begun, f"{show}: " if isinstance(show, str) else ""
         with kept_rng(): console = _terminal() if show else None
         if console: self.bar, self.task = _bar(console, epochs, done)
+        if show and 0 < done < epochs: print(f"{self.title}going on after epoch {done}", flush=True)
 
     def __enter__(self):
         if self.bar: self.bar.start()
