@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AdjointField', 'parts_of', 'adjoint_norm', 'per_block', 'backward_plan', 'solve_backward', 'adjoint_gradients',
-           'typed', 'AdjointSolve']
+           'as_far_as', 'typed', 'AdjointSolve']
 
 # %% ../../nbs/ode/12_adjoint.ipynb #6ae17c17
 from dataclasses import replace
@@ -86,9 +86,10 @@ def solve_backward(plan:Plan, stats:Stats) -> Tensor:
     error.args = (f"in the backward pass (gradient='adjoint'): {error}",)
     raise error
 
-# %% ../../nbs/ode/12_adjoint.ipynb #035b828c
+# %% ../../nbs/ode/12_adjoint.ipynb #6d2ad55c
 def adjoint_gradients(job:Job, y:Tensor, t:Tensor|None, tensors:list, g:Tensor) -> list:
     "Gradients for (y0, t, *tensors) from the adjoint equation."
+    if job.run.failure is not None: job, y, g = as_far_as(job, y, g)
     args, f = job.leaves(tensors)
     inputs, times = [*args, *tensors[len(args):]], job.plan.times
     params, clock, n = [x for x in inputs if x.requires_grad], Clock(job.plan), y[0].numel()
@@ -103,10 +104,16 @@ def adjoint_gradients(job:Job, y:Tensor, t:Tensor|None, tensors:list, g:Tensor) 
     a0 = z[n:2 * n] if len(at) > 1 else torch.zeros_like(g[0])
     if t is not None:      # an observation at t0 again is y0, whatever its time
         moved = [slope(i, g[i]) if times[i] != times[0] else g.new_zeros(()).real for i in range(1, len(times))]
-        t = torch.stack([-slope(0, a0), *moved]).to(t)
+        t = torch.cat([torch.stack([-slope(0, a0), *moved]).to(t), t.new_zeros(len(t) - len(times))])
     found = iter(z[2 * n:].split([p.numel() for p in params]))
     shaped = [typed(next(found), x) if x.requires_grad else None for x in inputs]
     return [(a0 + jump[times[0]]).view_as(y[0]), t, *shaped]
+
+def as_far_as(job:Job, y:Tensor, g:Tensor) -> tuple:
+    "The same for a solve that failed on the way: its last state is one more observation, which the missed ones repeat."
+    n, end = job.run.reached
+    job = replace(job, plan=replace(job.plan, times=[*job.plan.times[:n], end]))
+    return job, torch.cat([y[:n], y[-1:]]), torch.cat([g[:n], g[n:].sum(0, keepdim=True)])
 
 def typed(flat:Tensor, like:Tensor) -> Tensor:
     "A gradient in the shape and type of its tensor."

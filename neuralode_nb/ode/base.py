@@ -70,7 +70,7 @@ def layout_of(
             raise ValueError(f"{name} mixes {what}s {sorted(found)}: move all its tensors to one {what}")
     return Layout(spec, tuple(leaf.shape for leaf in leaves), leaves[0].dtype, leaves[0].device, isinstance(y0, Tensor))
 
-# %% ../../nbs/ode/00_base.ipynb #9ef7579a
+# %% ../../nbs/ode/00_base.ipynb #6c7b449e
 def tolerance(
     name:str,       # argument name for messages
     value,          # number, tensor, or structure like the state's
@@ -81,7 +81,8 @@ def tolerance(
         raise ValueError(f"{name} requires grad, but a tolerance is not differentiated: pass {name}.detach()")
     if isinstance(value, (tuple, list, dict)):
         value = spread(name, value, layout)
-    low = float(value.min()) if isinstance(value, Tensor) else float(value)
+    try: low = float(value.min()) if isinstance(value, Tensor) else float(value)
+    except (TypeError, ValueError): raise TypeError(f"{name}={value!r} must be a number, or tensors like y0") from None
     if not (low >= 0 and math.isfinite(low)):
         raise ValueError(f"{name}={low:g} must be a finite number, zero or positive")
     if not isinstance(value, Tensor): return float(value)
@@ -100,7 +101,7 @@ def spread(name:str, value, layout:Layout) -> Tensor:
              for v, s in zip(leaves, layout.shapes)]
     return torch.cat(parts)
 
-# %% ../../nbs/ode/00_base.ipynb #4b87e398
+# %% ../../nbs/ode/00_base.ipynb #628c7818
 def rms_norm(x:Tensor) -> float:
     "Root mean square, as a host number: one read from the device."
     return torch.linalg.vector_norm(x).item() / math.sqrt(max(x.numel(), 1))
@@ -113,7 +114,9 @@ def norm_for(
     norm:Callable|None,  # the user's: takes the state's structure, returns a number; None for the default
     layout:Layout,
 )->Callable:             # flat tensor -> host number
-    "The norm in which errors are measured."
+    "The norm in which errors are measured. Raises TypeError."
+    if norm is not None and not callable(norm):
+        raise TypeError(f"norm={norm!r} must be a function of the state that returns a number, such as max_norm")
     if norm is not None:
         return lambda x: float(norm(layout.unflatten(x.view(layout.shapes[0]) if layout.plain else x)))
     if layout.plain:
@@ -142,7 +145,7 @@ class Status(IntEnum):
         "True if the solution reached where it was meant to go."
         return self in (Status.success, Status.terminated_by_event)
 
-# %% ../../nbs/ode/00_base.ipynb #159d7082
+# %% ../../nbs/ode/00_base.ipynb #dfa63ba8
 CAUSE = {
     Status.success: "the solve reached the end of t",
     Status.max_steps: "the solve used up max_steps",
@@ -156,13 +159,11 @@ CAUSE = {
 
 REMEDY = {
     Status.max_steps: "raise max_steps, loosen rtol/atol, or use a method for stiff problems if stiffness is large",
-    Status.step_underflow: "the solution may blow up here, or the problem is stiff or discontinuous: shorten t, name "
-                           "discontinuities in jump_t, or use a method for stiff problems",
+    Status.step_underflow: "the solution may blow up, be stiff or jump here: shorten t, or name jumps in jump_t",
     Status.non_finite_state: "check y0 and the input of the model; if the steps are fixed, halve step_size",
-    Status.non_finite_field: "look for log, sqrt or division of y inside f, for enormous parameters, and for a solution that "
-                             "blows up; shorten the steps with max_step or step_size",
-    Status.non_finite_parameter: "training has diverged before this solve: lower the learning rate, clip gradients, "
-                                 "restore the last good parameters",
+    Status.non_finite_field: "look for log, sqrt or division of y in f, enormous parameters, or a solution that blows up; "
+                             "shorten the steps with max_step or step_size",
+    Status.non_finite_parameter: "training diverged before: lower the learning rate, clip gradients, restore good weights",
 }
 
 # %% ../../nbs/ode/00_base.ipynb #f3776b76

@@ -61,7 +61,7 @@ class Retracer:
         cotangents = [y_bar, *g[first:output.at].split([len(p) for p in output.pieces])]
         return torch.autograd.grad([y1, *output.pieces], [y, *t, *inputs], cotangents, allow_unused=True)
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #c8f91e03
+# %% ../../nbs/ode/11_checkpoint.ipynb #f83c2aaf
 def add(totals:list, new:list) -> list:
     "Sums of gradients, of which some may be None."
     return [a if b is None else b if a is None else a + b for a, b in zip(totals, new)]
@@ -71,7 +71,8 @@ def step_by_step(job:Job, t:Tensor|None, tensors:list, g:Tensor) -> list:
     args, f = job.leaves(tensors)
     tracer, inputs = Retracer(job, f), [*args, *tensors[len(args):]]
     wanted = [x for x in inputs if x.requires_grad]
-    y_bar, totals = torch.zeros_like(job.plan.y0), [None] * (len(wanted) + (t is not None))
+    y_bar = g[job.run.reached[0]:].sum(0)     # observations that a failed solve did not reach: all its last state
+    totals = [None] * (len(wanted) + (t is not None))
     for step in reversed(job.run.steps):
         y_bar, *new = tracer.pull(step, t, g, y_bar, wanted)
         totals = add(totals, new)

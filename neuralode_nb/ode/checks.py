@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'LATER', 'check_field', 'received', 'keep_autocast', 'flat_field', 'check_times', 'as_times', 'find_method',
-           'positive', 'grid_of_size', 'gaps', 'check_grid', 'stop_times']
+           'positive', 'grid_of_size', 'gaps', 'with_stops', 'check_grid', 'stop_times']
 
 # %% ../../nbs/ode/14_checks.ipynb #7e02b8b4
 import inspect
@@ -44,14 +44,15 @@ def received(k, shape:torch.Size, layout:Layout) -> Tensor:
         raise ValueError(f"f returned a tensor on {k.device}, but y0 is on {layout.device}: move one")
     return k.to(layout.work)     # from autocast, or from half precision
 
-# %% ../../nbs/ode/14_checks.ipynb #7f70a520
+# %% ../../nbs/ode/14_checks.ipynb #a093dd22
 def keep_autocast(f:Callable, device:torch.device) -> Callable:
     "f under the autocast that holds now, also when it is called later or with autocast off."
     kind = device.type
     if not torch.is_autocast_enabled(kind): return f
     dtype = torch.get_autocast_dtype(kind)
     def cast(*inputs):
-        with torch.autocast(kind, dtype): return f(*inputs)
+        # no cache of cast weights: one that is filled without a graph would lack its gradient later
+        with torch.autocast(kind, dtype, cache_enabled=False): return f(*inputs)
     return cast
 
 def flat_field(
@@ -61,10 +62,11 @@ def flat_field(
 )->Callable:        # (t, flat y) -> flat derivative
     "f as the loop calls it."
     if layout.plain:
-        shape, work, same = layout.shapes[0], layout.work, layout.work == layout.dtype
+        shape, kind, same = layout.shapes[0], (layout.work, layout.device), layout.work == layout.dtype
         def plain(t, y):
             k = f(t, y if same else y.to(layout.dtype), *more)
-            return k if isinstance(k, Tensor) and k.shape == shape and k.dtype == work else received(k, shape, layout)
+            fine = isinstance(k, Tensor) and k.shape == shape and (k.dtype, k.device) == kind
+            return k if fine else received(k, shape, layout)
         return plain
     def structured(t, y):
         leaves, spec = tree_flatten(f(t, layout.unflatten(y), *more))
@@ -73,7 +75,7 @@ def flat_field(
         return torch.cat([received(k, s, layout).reshape(-1) for k, s in zip(leaves, layout.shapes)])
     return structured
 
-# %% ../../nbs/ode/14_checks.ipynb #0fb264af
+# %% ../../nbs/ode/14_checks.ipynb #5ed2f23e
 def check_times(
     t,  # 1-d floating tensor, or a sequence of numbers
 )->tuple:  # (float64 numbers on the host, tensor)
@@ -92,12 +94,12 @@ def check_times(
                              f"{times[0]:g} to {times[-1]:g}; sort t")
     return times, t
 
-def as_times(t) -> Tensor:
+def as_times(t, name:str='t') -> Tensor:
     "Numbers as float64 times; a tensor as it is. Raises TypeError."
     if isinstance(t, Tensor): return t
     try: return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in t])
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"t={t!r} must be a 1-d tensor or a sequence of numbers, as torch.linspace(0, 1, 11)") from None
+        raise TypeError(f"{name}={t!r} must be a 1-d tensor or a sequence of numbers, as [0., 0.5, 1.]") from None
 
 # %% ../../nbs/ode/14_checks.ipynb #6ad5fe05
 METHODS = tuple(TABLEAUS)
@@ -124,7 +126,7 @@ def positive(name:str, value, zero:bool=False, infinite:bool=False) -> float:
         raise ValueError(f"{name}={x:g} must be positive" + ("" if infinite else " and finite"))
     return x
 
-# %% ../../nbs/ode/14_checks.ipynb #d4a2609a
+# %% ../../nbs/ode/14_checks.ipynb #5a805add
 def grid_of_size(step:float, max_steps:int) -> Callable:
     "Times t0, t0 + step, ... up to the end; a sliver below a millionth of a step is not a step of its own."
     def grid(times):
@@ -139,6 +141,13 @@ def gaps(times:list) -> list:
     "The distinct times themselves."
     return list(dict.fromkeys(times))
 
+def with_stops(grid:Callable, stops:tuple) -> Callable:
+    "A grid that also lands on some times of its own."
+    def landing(times):
+        low, high = sorted((times[0], times[-1]))
+        return sorted({*grid(times), *(x for x in stops if low < x < high)}, reverse=times[-1] < times[0])
+    return landing if stops else grid
+
 def check_grid(tableau:Tableau, times:list, step_size, max_steps:int) -> Callable|None:
     "How a fixed-step solve lays its steps; None for adaptive steps. Raises ValueError."
     if step_size is not None:
@@ -151,10 +160,10 @@ def check_grid(tableau:Tableau, times:list, step_size, max_steps:int) -> Callabl
                          "times of all steps in t, or an adaptive method such as 'tsit5'")
     return gaps
 
-# %% ../../nbs/ode/14_checks.ipynb #37605c15
+# %% ../../nbs/ode/14_checks.ipynb #cc04a39c
 def stop_times(name:str, ts) -> tuple:
     "step_t or jump_t as ascending numbers. Raises TypeError or ValueError."
-    if ts is None: return ()
-    ts = sorted(as_times(ts).detach().double().reshape(-1).tolist()) if len(ts) else []
+    if ts is None or hasattr(ts, '__len__') and not len(ts): return ()
+    ts = sorted(as_times([ts] if isinstance(ts, (int, float)) else ts, name).detach().double().reshape(-1).tolist())
     if not all(map(math.isfinite, ts)): raise ValueError(f"{name} holds a time that is not finite: {ts}")
     return tuple(ts)

@@ -32,7 +32,7 @@ def interpolate(
     flat = torch.baddbmm(y.reshape(len(y), 1, -1)[step], weights[:, None].to(stages.dtype), stages[step])
     return flat.view(len(step), *y.shape[1:])
 
-# %% ../../nbs/ode/07_dense.ipynb #1ae91dd3
+# %% ../../nbs/ode/07_dense.ipynb #36e96a96
 class DenseSolution:
     "A solve as one function of time."
     def __init__(self, layout, dense:Tensor, steps:list):
@@ -40,7 +40,8 @@ class DenseSolution:
         starts, ends, ys, stages, hs = zip(*steps)       # stages are k_i, to be multiplied by h
         self.starts, self.ends = torch.tensor([starts, ends], dtype=torch.float64)
         self.span, self.sign = (starts[0], ends[-1]), 1. if ends[-1] >= starts[0] else -1.
-        self.y, self.stages, self.h = torch.stack(ys), torch.stack(stages), torch.tensor(hs, dtype=torch.float64).to(dense)
+        self.y, self.stages = torch.stack(ys), torch.stack(stages)
+        self.h = torch.tensor(hs, dtype=torch.float64).to(dense)
 
     def place(self, t:Tensor) -> tuple:
         "Step number and place in it, for float64 times on the host. Raises ValueError outside the solve."

@@ -63,7 +63,7 @@ def read_off(waiting:list, clock:Clock, times:Tensor, dense:Tensor) -> Tensor:
     h = torch.tensor(h, dtype=torch.float64).to(dense)
     return interpolate(torch.stack(y), torch.stack(stages), h, dense, step, theta)
 
-# %% ../../nbs/ode/10_loop.ipynb #2c99704b
+# %% ../../nbs/ode/10_loop.ipynb #28152f0d
 def first_bad_sample(layout:Layout, flat:Tensor) -> int|None:
     "First index along the first axis of a state at which it is not finite; None if there is no such axis."
     for leaf in tree_leaves(layout.unflatten(flat)):
@@ -73,19 +73,22 @@ def first_bad_sample(layout:Layout, flat:Tensor) -> int|None:
 @torch.no_grad()
 def diagnose(
     plan:Plan, status:Status, t:float, h:float, y:Tensor, clock:Clock,
-    beyond:bool=False,      # the trial step was not finite
+    beyond:Tensor|None=None,  # stages of a trial step that was not finite
     steepness:float=0.,
 )->Failure:
     "Name the cause behind a status: parameters first, then the state, then f."
     where = dict(time=t, step=abs(h) if math.isfinite(h or 0.) else 0., stiffness=steepness)
-    for name, p in named_tensors(plan.source).items():
+    args = {f'args[{i}]': x for i, x in enumerate(tree_leaves(plan.args)) if isinstance(x, Tensor)}
+    for name, p in {**named_tensors(plan.source), **args}.items():
         if not p.isfinite().all(): return Failure(Status.non_finite_parameter, parameter=name, **where)
     if not y.isfinite().all(): return Failure(Status.non_finite_state, sample=first_bad_sample(plan.layout, y), **where)
     k = plan.f(clock(t), y)
     if not k.isfinite().all(): return Failure(Status.non_finite_field, sample=first_bad_sample(plan.layout, k), **where)
-    return Failure(Status.non_finite_field if beyond else status, **where)
+    if beyond is None: return Failure(status, **where)
+    broken = torch.where(beyond.isfinite().all(0), 0., torch.nan).view(y.shape).to(plan.layout.time)
+    return Failure(Status.non_finite_field, sample=first_bad_sample(plan.layout, broken), **where)
 
-# %% ../../nbs/ode/10_loop.ipynb #2e3f16f8
+# %% ../../nbs/ode/10_loop.ipynb #68d75e3c
 @dataclass
 class Run:
     "What the loop hands back: flat states, cost, failure, and the steps for whoever wants to retrace them."
@@ -94,7 +97,7 @@ class Run:
     failure: Failure|None = None
     dense: DenseSolution|None = None
     steps: list = field(default_factory=list)  # (start, end, state at start), if kept
-    next_step: float|None = None               # how long another step would have been
+    reached: tuple = ()                        # (number of observations, time) up to which the solve went
 
 def tell(plan:Plan, name:str, t:float, y:Tensor, end:float):
     "Call the callback of this name with (t, y, |h|), if there is one."
@@ -102,16 +105,17 @@ def tell(plan:Plan, name:str, t:float, y:Tensor, end:float):
     number = lambda x: torch.tensor(x, dtype=plan.layout.time, device=y.device)
     plan.callbacks[name](number(t), y, number(abs(end - t)))
 
-# %% ../../nbs/ode/10_loop.ipynb #bee93daf
+# %% ../../nbs/ode/10_loop.ipynb #fc64dcc9
 def stopped(plan:Plan, stepper:Stepper, steps, t:float, y:Tensor, status:Status) -> Failure:
     "The diagnosis of a march that cannot go on."
-    return diagnose(plan, status, t, steps.h, y, stepper.clock, not math.isfinite(steps.ratio), steepest(stepper))
+    beyond = None if math.isfinite(steps.ratio) else stepper.stages.stacked()
+    return diagnose(plan, status, t, steps.h, y, stepper.clock, beyond, steepest(stepper))
 
 def steepest(stepper:Stepper) -> float:
     "Largest |h λ| seen: one read from the device."
     return torch.stack(stepper.steep).max().item() if stepper.steep else 0.
 
-# %% ../../nbs/ode/10_loop.ipynb #ae59ecf7
+# %% ../../nbs/ode/10_loop.ipynb #b1dc7664
 def march(
     plan:Plan,
     t:Tensor|None=None,         # the user's t, if it is differentiated
@@ -141,9 +145,9 @@ def march(
         stepper.accept(now, until)
         if until in plan.resets: y1 = plan.resets[until](y1); stepper.k = None; steps.restart(y1)
         now, y = until, y1
-    return finish(plan, stepper, output, y, failure, kept, steps.h)
+    return finish(plan, stepper, output, (now, y), failure, kept)
 
-# %% ../../nbs/ode/10_loop.ipynb #ddfb01a9
+# %% ../../nbs/ode/10_loop.ipynb #1fa82278
 @torch.no_grad()
 def late_failure(plan:Plan, stepper:Stepper, y:Tensor) -> Failure|None:
     "Find what went wrong in a run that reached its end: y holds its observations."
@@ -155,12 +159,12 @@ def late_failure(plan:Plan, stepper:Stepper, y:Tensor) -> Failure|None:
     if failure.sample is None: failure.sample = first_bad_sample(plan.layout, y[first])
     return failure
 
-def finish(plan:Plan, stepper:Stepper, output:Output, last:Tensor, failure:Failure|None, kept:list, h) -> Run:
+def finish(plan:Plan, stepper:Stepper, output:Output, last:tuple, failure:Failure|None, kept:list) -> Run:
     "Gather observations and cost."
     output.flush()
-    if missing := len(plan.times) - output.at: output.pieces.append(last.expand(missing, *last.shape))
+    if missing := len(plan.times) - output.at: output.pieces.append(last[1].expand(missing, *last[1].shape))
     y, stats = torch.cat(output.pieces), stepper.stats
     stats.stiffness = steepest(stepper)
     failure = failure or late_failure(plan, stepper, y)
     dense = DenseSolution(plan.layout, stepper.c.dense, output.kept) if output.kept else None
-    return Run(y, stats, failure, dense, kept, h)
+    return Run(y, stats, failure, dense, kept, (output.at, last[0]))

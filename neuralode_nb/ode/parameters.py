@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-# %% ../../nbs/ode/08_parameters.ipynb #7c775f46
+# %% ../../nbs/ode/08_parameters.ipynb #54d3d33b
 @lru_cache(maxsize=1024)
 def globals_read(code) -> tuple:
     "Names of the globals that a code object reads (attributes of the same name are something else)."
@@ -35,7 +35,7 @@ def attached(f:Any) -> dict:
     return found
 
 def named_tensors(
-    f:Any,         # field: module, function, partial, bound method, callable object
+    f:Any,         # field: module, function, partial, bound method, callable object, or a structure of such
     depth:int=3,   # how many looks away
 )->dict:           # name -> tensor
     "Tensors that f holds and that require grad, by name."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRADIENTS', 'Adjoint', 'check_gradient_name', 'backward_settings', 'make_plan', 'refuse_dense', 'run_plan', 'solve']
 
-# %% ../../nbs/ode/15_solve.ipynb #75320380
+# %% ../../nbs/ode/15_solve.ipynb #1a70b50c
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Callable
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .base import Solution, SolveError, Status, layout_of, norm_for, tolerance
-from .checks import (as_times, check_field, check_grid, check_times, find_method, flat_field, gaps, keep_autocast,
-                                     positive, stop_times)
+from .checks import (as_times, check_field, check_grid, check_times, find_method, flat_field, gaps,
+                                     keep_autocast, positive, stop_times, with_stops)
 from .control import find_controller
 from .gradient import Job, differentiable_march
 from .parameters import named_tensors
@@ -64,7 +64,7 @@ def backward_settings(plan:Plan, own) -> Plan|None:
     elif own.method is not None: changes['grid'] = None if tableau.adaptive else plan.grid or gaps
     return replace(plan, tableau=tableau, **changes)
 
-# %% ../../nbs/ode/15_solve.ipynb #aafb777f
+# %% ../../nbs/ode/15_solve.ipynb #e9c7084d
 def make_plan(
     f, y0, t, tableau:Tableau,
     grid:Callable,            # (tableau, times, max_steps) -> how steps are laid, or None
@@ -83,13 +83,18 @@ def make_plan(
         new = iter(new)
         filled = [next(new) if isinstance(x, Tensor) else x for x in leaves]
         return flat_field(f, layout, (tree_unflatten(filled, spec),))
+    limits = positive('min_step', min_step, zero=True), positive('max_step', max_step, infinite=True)
+    if limits[0] > limits[1]: raise ValueError(f"min_step={min_step} is above max_step={max_step}: lower it")
+    stops = {'step_t': stop_times('step_t', step_t), 'jump_t': stop_times('jump_t', jump_t)}
+    steps = grid(tableau, times, int(positive('max_steps', max_steps)))
     plan = Plan(
         rebind(tensors), layout.flatten(y0), times, layout, tableau, tolerance('rtol', rtol, layout),
         tolerance('atol', atol, layout), norm_for(norm, layout), find_controller(controller),
-        grid(tableau, times, int(positive('max_steps', max_steps))),
-        None if first_step is None else positive('first_step', first_step), positive('min_step', min_step, zero=True),
-        positive('max_step', max_step, infinite=True), stop_times('step_t', step_t), stop_times('jump_t', jump_t),
-        int(max_steps), dense, source=source, rebind=rebind)
+        steps and with_stops(steps, sum(stops.values(), ())),
+        None if first_step is None else positive('first_step', first_step), *limits,
+        max_steps=int(max_steps), keep_dense=dense, source=source, args=args, rebind=rebind, **stops)
+    if plan.grid is None and not torch.as_tensor(plan.rtol).any() and not torch.as_tensor(plan.atol).any():
+        raise ValueError("rtol=0 and atol=0 allow no error at all: no step is good enough, raise one of them")
     return plan, tensors
 
 # %% ../../nbs/ode/15_solve.ipynb #25af945b

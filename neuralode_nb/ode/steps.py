@@ -18,7 +18,7 @@ from .control import Stops, first_step
 from .explicit import explicit_step, stage_times
 from .tableau import Tableau
 
-# %% ../../nbs/ode/09_steps.ipynb #2cea2420
+# %% ../../nbs/ode/09_steps.ipynb #89823eb5
 @dataclass
 class Plan:
     "A solve that has been checked: what the loop works from."
@@ -35,28 +35,26 @@ class Plan:
     first_step: float|None = None
     min_step: float = 0.
     max_step: float = math.inf
-    step_t: tuple = ()
-    jump_t: tuple = ()
+    step_t: tuple = ()           # times to land on
+    jump_t: tuple = ()           # times at which f jumps
     max_steps: int = 100_000
     keep_dense: bool = False
     callbacks: dict = field(default_factory=dict)
     source: Any = None           # the user's f, for the diagnosis
+    args: Any = None             # and args
     k0: Tensor|None = None       # f(t0, y0) if it is known already
     rebind: Callable|None = None # leaves of args -> f with those args
     resets: dict = field(default_factory=dict)  # time -> function of the state there that replaces it
 
-    @property
-    def sign(self) -> float:
-        "+1 forward in time, -1 backward."
-        return math.copysign(1., self.times[-1] - self.times[0])
+    def __post_init__(self): self.sign = math.copysign(1., self.times[-1] - self.times[0])   # of the direction of time
 
-# %% ../../nbs/ode/09_steps.ipynb #210f1a39
+# %% ../../nbs/ode/09_steps.ipynb #5bc70ec3
 class Clock:
     "Host times as tensors; as functions of the user's t, if that is differentiated."
     def __init__(self, plan:Plan, t:Tensor|None=None):
         self.dtype, self.device = plan.layout.time, plan.layout.device
         self.t, self.index = (None, {}) if t is None else (t, {x: i for i, x in enumerate(plan.times)})
-        self.start, self.still = plan.times[0], () if plan.grid else {*plan.step_t, *plan.jump_t}
+        self.start, self.still = plan.times[0], {*plan.step_t, *plan.jump_t}
         self.latest = None, None       # the end of a step is the start of the next
 
     def exact(self, x:float) -> Tensor:

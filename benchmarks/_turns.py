@@ -1,0 +1,56 @@
+"""Two programs taking turns: medians, spread and ratios from one run on one thread."""
+import gc
+import statistics
+import sys
+import time
+
+import torch
+
+import neuralode_nb
+from neuralode_nb.lab.record import Record, commit, machine, results_folder, versions
+
+torch.set_num_threads(1)
+SMOKE = "--smoke" in sys.argv
+
+
+def take_turns(programs, rounds):
+    """Seconds of each program, one turn per round. A round starts with another program each time, and nothing is
+    collected within a turn, so that a slow moment of the machine and a full heap hit all alike."""
+    for program in programs.values(): program()
+    seconds, names = {name: [] for name in programs}, list(programs)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        for r in range(rounds):
+            for name in names[r % len(names):] + names[:r % len(names)]:
+                begun = time.perf_counter()
+                programs[name]()
+                seconds[name].append(time.perf_counter() - begun)
+            gc.collect()
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return seconds
+
+
+def spread(seconds):
+    "Median and quartiles, in milliseconds."
+    low, middle, high = statistics.quantiles([1e3 * s for s in seconds], n=4)
+    return {"median": middle, "low": low, "high": high}
+
+
+def compare(ours, theirs):
+    "How many times faster ours is: the median of the rounds' ratios, with its quartiles."
+    low, middle, high = statistics.quantiles([b / a for a, b in zip(ours, theirs)], n=4)
+    return {"median": middle, "low": low, "high": high}
+
+
+def save(name, config, data, notes=()):
+    "Write results/NAME/PROFILE.json and say where."
+    record = Record(name, "smoke" if SMOKE else "full", config, data=data, notes=list(notes), machine=machine("cpu"),
+                    command=f"python benchmarks/{name}.py" + " --smoke" * SMOKE, code=commit(),
+                    versions=versions() | {"torchdiffeq": sys.modules["torchdiffeq"].__version__})
+    path = record.save(results_folder())
+    print(f"\nneuralode_nb {neuralode_nb.__version__}, torch {torch.__version__}, one thread, {record.machine['cpu']}"
+          f"\nrecord: {path.parent.parent.name}/{name}/{path.name}")
