@@ -79,7 +79,6 @@ MISUSE = {  # what: (arguments that differ from a good solve, error, words of th
     "min_step above max_step": (dict(min_step=1., max_step=.1), ValueError, ["min_step", "max_step"]),
     "no steps allowed": (dict(max_steps=0), ValueError, ["max_steps=0", "positive"]),
     "max_steps is text": (dict(max_steps="many"), TypeError, ["max_steps='many'"]),
-    "jump_t is a number": (dict(jump_t=.5), TypeError, ["jump_t"]),
     "step_t is text": (dict(step_t="abc"), TypeError, ["step_t"]),
     "jump_t is NaN": (dict(jump_t=[math.nan]), ValueError, ["jump_t", "finite"]),
     "norm is no function": (dict(norm="max"), TypeError, ["norm='max'", "callable"]),

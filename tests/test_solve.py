@@ -62,7 +62,7 @@ def test_each_method_solves_in_each_dtype(method, dtype, device):
     assert solution.y.dtype == dtype and solution.y.device == y0.device and solution.y.shape == (5, 3, 2)
     assert torch.equal(solution.y[0], y0)
     order = find_tableau(method).order
-    allowed = 2 / 64 ** order if method in FIXED else 10 * tolerance if method != "fehlberg2" else 1e-3
+    allowed = 2 / 64 ** order if method in FIXED else 10 * tolerance if method != "fehlberg2" else 2e-3   # first order
     assert deviation(solution.y, grown(y0, t)) <= allowed + 10 * ROUNDING[dtype]
 
 
@@ -263,7 +263,7 @@ def steps_of(method="tsit5", t=(0., 2.), **options):
 def test_first_step_and_max_step_are_kept(method, way):
     times = steps_of(method, (0., 2. * way), first_step=1e-4, max_step=.0479)
     assert times[0] == (0., 1e-4)
-    assert max(h for _, h in times) <= .0479
+    assert max(h for _, h in times) <= .0479 * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("way", [1, -1], ids=["forward", "backward"])

@@ -70,7 +70,7 @@ def find_activation(
         raise TypeError(f"activation={activation!r} must be a name, such as 'tanh', or a class of modules, such as nn.Tanh")
     return module
 
-# %% ../../nbs/models/00_fields.ipynb #f5d72a45
+# %% ../../nbs/models/00_fields.ipynb #9ecb078d
 class MLP(nn.Module):
     "A multilayer perceptron of the state, and of the time if wanted."
     def __init__(self,
@@ -79,16 +79,21 @@ class MLP(nn.Module):
         activation:str|Callable="tanh",   # a name in `ACTIVATIONS`, or a class of modules
         time:bool=False,                  # is the time an input?
         features:Callable|None=None,      # fixed map of the state before the first layer; keeps its shape
+        std:float|None=None,              # first weights N(0, std²) and biases 0; None: PyTorch's choice
     ):
         super().__init__()
         widths = [hidden] if isinstance(hidden, int) else list(hidden)
         for name, value in [("dim", dim), *(("hidden", w) for w in widths)]: _whole(name, value)
         if features is not None and not callable(features):
             raise TypeError(f"features={features!r} must be a function of the state, such as torch.sin")
+        if std is not None and not std >= 0: raise ValueError(f"std={std} must be zero or positive")
         self.time, self.features = time, features
         sizes = [dim + time, *widths, dim]
         layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), find_activation(activation))]
         self.layers = nn.Sequential(*layers[:-1])
+        for layer in self.layers[::2] if std is not None else ():
+            nn.init.normal_(layer.weight, 0., std)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, t, y):
         if self.features is not None: y = self.features(y)

@@ -101,7 +101,7 @@ def spread(name:str, value, layout:Layout) -> Tensor:
              for v, s in zip(leaves, layout.shapes)]
     return torch.cat(parts)
 
-# %% ../../nbs/ode/00_base.ipynb #628c7818
+# %% ../../nbs/ode/00_base.ipynb #83f8c3bf
 def rms_norm(x:Tensor) -> float:
     "Root mean square, as a host number: one read from the device."
     return torch.linalg.vector_norm(x).item() / math.sqrt(max(x.numel(), 1))
@@ -116,7 +116,7 @@ def norm_for(
 )->Callable:             # flat tensor -> host number
     "The norm in which errors are measured. Raises TypeError."
     if norm is not None and not callable(norm):
-        raise TypeError(f"norm={norm!r} must be a function of the state that returns a number, such as max_norm")
+        raise TypeError(f"norm={norm!r} must be callable: a function of the state that returns a number, such as max_norm")
     if norm is not None:
         return lambda x: float(norm(layout.unflatten(x.view(layout.shapes[0]) if layout.plain else x)))
     if layout.plain:

@@ -64,10 +64,9 @@ def backward_settings(plan:Plan, own) -> Plan|None:
     elif own.method is not None: changes['grid'] = None if tableau.adaptive else plan.grid or gaps
     return replace(plan, tableau=tableau, **changes)
 
-# %% ../../nbs/ode/15_solve.ipynb #e9c7084d
+# %% ../../nbs/ode/15_solve.ipynb #c273e42e
 def make_plan(
-    f, y0, t, tableau:Tableau,
-    grid:Callable,            # (tableau, times, max_steps) -> how steps are laid, or None
+    f, y0, t, tableau:Tableau, grid:Callable,   # (tableau, times, max_steps) -> how steps are laid, or None
     rtol, atol, args=None, controller=None, norm=None, first_step=None, min_step=0., max_step=math.inf, step_t=None,
     jump_t=None, max_steps=100_000, dense=False,
 )->tuple:                     # (plan, tensors in args)
@@ -94,7 +93,7 @@ def make_plan(
         None if first_step is None else positive('first_step', first_step), *limits,
         max_steps=int(max_steps), keep_dense=dense, source=source, args=args, rebind=rebind, **stops)
     if plan.grid is None and not torch.as_tensor(plan.rtol).any() and not torch.as_tensor(plan.atol).any():
-        raise ValueError("rtol=0 and atol=0 allow no error at all: no step is good enough, raise one of them")
+        raise ValueError("rtol=0 and atol=0 are both zero and allow no error at all: raise one of them")
     return plan, tensors
 
 # %% ../../nbs/ode/15_solve.ipynb #25af945b
