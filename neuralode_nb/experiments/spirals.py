@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Config', 'run']
 
-# %% ../../nbs/experiments/01_spirals.ipynb #3b8c5126
+# %% ../../nbs/experiments/01_spirals.ipynb #8654e442
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import cos, pi
 from pathlib import Path
 
 import torch
@@ -34,22 +35,30 @@ def _model(system, config):
     field = MLP(dim, config.hidden, config.activation, features=features, std=0.1)
     return ODEBlock(field, method=config.method, rtol=config.rtol, atol=config.atol, gradient=config.gradient)
 
-# %% ../../nbs/experiments/01_spirals.ipynb #62d58517
+# %% ../../nbs/experiments/01_spirals.ipynb #a10c14c1
 def _opening(series, points):
     "The first `points` observations as one piece that begins at the known start."
     return Window(series.exact[0], series.t[:points], torch.arange(points)[:, None].to(series.t.device), series.y[:points])
 
 def _curriculum(series, config):
-    "Pieces first, then ever more of the whole: epoch -> batches."
+    "Pieces first, then the whole, from a tenth of it to all of it half way: epoch -> batches."
     pieces = windows(series, config.pieces, config.horizon, config.seen, config.batches)
     def batches(epoch):
-        late = epoch - (config.epochs - config.whole)
-        if late <= 0: return pieces(epoch)
-        share = min(1., 2 * late / config.whole)
-        return [_opening(series, max(2, round(share * len(series))))] * config.batches
+        late = epoch - 1 - (config.epochs - config.whole)
+        if late < 0: return pieces(epoch)
+        shares = (0.1 + 0.9 * 2 * (late + k / config.batches) / config.whole for k in range(config.batches))
+        return [_opening(series, max(2, round(min(1., share) * len(series)))) for share in shares]
     return batches
 
-# %% ../../nbs/experiments/01_spirals.ipynb #8a431840
+def _rate(config):
+    "Share of the largest learning rate at each step: up, down to a tenth, and gently to zero for the whole."
+    first, last = ((config.epochs - config.whole) * config.batches, config.whole * config.batches)
+    def share(step):
+        if step < first: return min(1., (step + 1) / (0.1 * first)) * (0.55 + 0.45 * cos(pi * step / first))
+        return 0.05 * (1 + cos(pi * min(1., (step - first) / last)))
+    return share
+
+# %% ../../nbs/experiments/01_spirals.ipynb #9ed850bf
 @dataclass
 class Config:
     "Settings of the spirals."
@@ -69,7 +78,7 @@ class Config:
     batches: int = 20              # in an epoch
     epochs: int = 50               # in all
     whole: int = 15                # epochs at the end, for the whole trajectory
-    rate: float = 1e-2             # largest learning rate; it rises, then falls to zero
+    rate: float = 1e-2             # largest learning rate; a tenth of it for the whole
     threads: int = 1               # of the processor; more are slower for networks this small
     seeds: tuple[int, ...] = (0,)
 
@@ -80,7 +89,7 @@ class Config:
     @classmethod
     def full(cls): return cls(seeds=(0, 1, 2))
 
-# %% ../../nbs/experiments/01_spirals.ipynb #c1c8d61b
+# %% ../../nbs/experiments/01_spirals.ipynb #09dd2950
 def _loss(model, window): return (window.read(model(window.y0, window.t)) - window.y).square().mean()
 
 def _error(model, series):
@@ -90,7 +99,7 @@ def _error(model, series):
 def _train(series, model, config, seed, checkpoint, device, resume, progress):
     "Fit the model to one series."
     optimizer = torch.optim.Adam(model.parameters(), lr=config.rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.rate, total_steps=config.epochs * config.batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate(config))
     def evaluate(model): return {"mse": _error(model, series), "nfe_whole": model.nfe}
     def nfe(model): return {"forward": model.nfe, "backward": model.backward_nfe}
     return fit(model, _loss, _curriculum(series, config), epochs=config.epochs, optimizer=optimizer, scheduler=schedule,
@@ -125,7 +134,7 @@ def _keep(model, series, true_field):
             "observed": _rounded(series.y[some, 0]), "learned": _rounded(model(series.exact[0], series.t)[some, 0]),
             "true field": _rounded(true_field(grid)[:, :2]), "learned field": _rounded(model.f(series.t[0], grid)[:, :2])}
 
-# %% ../../nbs/experiments/01_spirals.ipynb #2f11b82d
+# %% ../../nbs/experiments/01_spirals.ipynb #e7d97b42
 @contextmanager
 def _threads(n):
     "Compute with `n` threads, then as before."
@@ -134,6 +143,7 @@ def _threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
+# %% ../../nbs/experiments/01_spirals.ipynb #3a5dd04f
 def run(
     config:Config,             # settings
     *,
