@@ -229,8 +229,8 @@ def test_callbacks_are_told_time_state_and_step(way):
         _, t, y, h = f.told[0]
         assert [name for name, *_ in f.told][:2] == ["step", "accept_step"]
         assert all(isinstance(x, torch.Tensor) for x in (t, y, h)) and h > 0
-        return t.double(), y, h.double()
-    same(program, rtol=.02)
+        return y       # the first step itself is capped at half of torchdiffeq's (see Step-size control)
+    same(program)
 
 
 def test_callbacks_of_a_tuple_get_the_tuple():
@@ -250,7 +250,8 @@ def test_callbacks_of_the_backward_solve():
         lib.odeint_adjoint(f, torch.ones(2).double(), torch.tensor([0., .5]).double()).sum().backward()
         told = [x for x in f.told if x[0].endswith("adjoint")]
         assert {name for name, *_ in told} >= {"step_adjoint", "accept_step_adjoint"}
-        name, t, state, h = told[0]
+        _, t, state, h = told[0]
+        assert h > 0
         return t.double(), *state[1:], f.rate.grad
     same(program)
 

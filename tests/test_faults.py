@@ -468,7 +468,7 @@ options = st.fixed_dictionaries({}, optional={
     "jump_t": st.one_of(numbers, st.lists(numbers, max_size=3)), "step_t": st.one_of(numbers, st.lists(sane, max_size=3)),
     "controller": st.sampled_from([None, "pi", "x", 3, PID(), PID]), "norm": st.sampled_from([None, "x", torch.max, 3]),
     "gradient": st.sampled_from(["direct", "checkpoint", "adjoint", Adjoint(), Adjoint, None, 3]),
-    "dense": st.booleans(), "throw": st.booleans(), "batch": st.sampled_from(["joint", "sample", None])})
+    "dense": st.booleans(), "throw": st.booleans(), "batch": st.sampled_from(["joint"] * 8 + ["sample", None])})
 methods = st.one_of(st.sampled_from(METHODS), st.sampled_from(["", "DOPRI5", None, 3, Tableau]))
 times = st.one_of(
     st.lists(st.floats(-2, 2), min_size=2, max_size=4).map(sorted), st.lists(numbers, max_size=4), numbers,
@@ -481,10 +481,37 @@ fields = st.sampled_from([
     lambda t, y: torch.ones(1), lambda t, y: tree_map(lambda x: -x, y), None, 3, nn.Linear(2, 2)])
 
 
-@settings(max_examples=400, suppress_health_check=list(HealthCheck))
+each_fuzz = settings(max_examples=150, suppress_health_check=list(HealthCheck))
+
+
+def solution_or_named_error(call, *inputs, **options):
+    "A finite solution, or one of the three errors with words in it."
+    try: solution = call(*inputs, **options)
+    except (ValueError, TypeError, SolveError) as error: assert str(error)
+    else: assert isinstance(solution, torch.Tensor) or solution.status.ok or options["throw"] is False
+
+
+@each_fuzz
 @given(fields, states, times, methods, options)
 @pytest.mark.filterwarnings("ignore")
 def test_any_arguments_give_a_solution_or_a_named_error(f, y0, t, method, options):
-    try: solution = solve(f, y0, t, method, max_steps=40, **options)
-    except (ValueError, TypeError, SolveError) as error: assert str(error)
-    else: assert solution.status.ok or not options.get("throw", True)
+    solution_or_named_error(solve, f, y0, t, method, max_steps=40, **options)
+
+
+@each_fuzz
+@given(st.sampled_from([decay, lambda t, y: y**3, lambda t, y: y / t]), times, methods, options)
+@pytest.mark.filterwarnings("ignore")
+def test_any_options_of_a_sound_problem_give_a_solution_or_a_named_error(f, t, method, options):
+    solution_or_named_error(solve, f, ONE.clone().requires_grad_(), t, method, max_steps=40, **options)
+
+
+@each_fuzz
+@given(st.sampled_from(METHODS), st.dictionaries(
+    st.sampled_from(["step_size", "grid_constructor", "interp", "perturb", "first_step", "max_step", "min_step", "safety",
+                     "ifactor", "dfactor", "jump_t", "step_t", "norm", "dtype", "other"]),
+    st.one_of(sane, numbers, st.sampled_from(["linear", "cubic", torch.float64, torch.tensor([.5]), lambda f, y, t: t])),
+    max_size=3))
+@pytest.mark.filterwarnings("ignore")
+def test_any_options_of_odeint_give_a_solution_or_a_named_error(method, options):
+    options = options | {"max_num_steps": 40}
+    solution_or_named_error(odeint, decay, ONE, torch.tensor([0., .3, 1.]), method=method, options=options)

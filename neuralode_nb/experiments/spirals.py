@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Config', 'run']
 
-# %% ../../nbs/experiments/01_spirals.ipynb #8654e442
-from contextlib import contextmanager
+# %% ../../nbs/experiments/01_spirals.ipynb #cf27c2cd
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from ..lab.data import CUBIC, SPIRAL, load
 from ..lab.record import Record, record_run
+from ..lab.threads import threads
 from ..lab.train import fit, seed_all
 from ..lab.windows import Window, windows
 from ..models.blocks import ODEBlock
@@ -134,16 +134,7 @@ def _keep(model, series, true_field):
             "observed": _rounded(series.y[some, 0]), "learned": _rounded(model(series.exact[0], series.t)[some, 0]),
             "true field": _rounded(true_field(grid)[:, :2]), "learned field": _rounded(model.f(series.t[0], grid)[:, :2])}
 
-# %% ../../nbs/experiments/01_spirals.ipynb #e7d97b42
-@contextmanager
-def _threads(n):
-    "Compute with `n` threads, then as before."
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try: yield
-    finally: torch.set_num_threads(before)
-
-# %% ../../nbs/experiments/01_spirals.ipynb #3a5dd04f
+# %% ../../nbs/experiments/01_spirals.ipynb #f5c04489
 def run(
     config:Config,             # settings
     *,
@@ -153,7 +144,7 @@ def run(
     progress:bool=True,        # show it
 )->Record:                     # metrics, histories, trajectories and fields
     "Train on every system and spacing with every seed."
-    with _threads(config.threads), record_run("spirals", config, device=device) as record:
+    with threads(config.threads), record_run("spirals", config, device=device) as record:
         for system, spacing, seed in ((a, b, s) for a in config.systems for b in config.spacings for s in config.seeds):
             label = f"{system.replace('_', ' ')}, {spacing} times"
             options = dict(points=config.points, noise=config.noise**0.5, spacing=spacing, seed=seed)

@@ -1,0 +1,85 @@
+"""What a solve keeps for its gradient, in bytes, on a convolutional field.
+
+Everything is counted that lives on after the forward pass: what autograd saves (each storage once, parameters
+left out) and the tensors that the graph's own nodes hold, which for `checkpoint` are the states at the steps.
+"""
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from neuralode_nb import solve
+
+STEPS = 1000
+
+
+class Convolution(nn.Module):
+    "Two convolutions with time as a channel."
+    def __init__(self, n=4):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(n + 1, n, 3, padding=1) for _ in range(2))
+        self.norm = nn.GroupNorm(2, n)
+
+    def forward(self, t, y):
+        for layer in self.layers: y = torch.tanh(layer(torch.cat([torch.ones_like(y[:, :1]) * t, y], 1)))
+        return self.norm(y)
+
+
+def storages():
+    "Bytes of each storage that Python or autograd's saved tensors can reach."
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.device.type == "cpu"}
+
+
+def kept(gradient, steps, method="rk4", outputs=2):
+    "Bytes that a solve of so many steps keeps for its backward pass."
+    field, y0 = Convolution(), torch.randn(2, 4, 8, 8, requires_grad=True)
+    saved = {}
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    before = storages()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = solve(field, y0, torch.linspace(0, 1, outputs), method, step_size=1 / steps, gradient=gradient).y
+    everything = {**saved, **storages()}
+    assert y.requires_grad
+    return sum(size for place, size in everything.items() if place not in before)
+
+
+def test_checkpoint_keeps_a_tenth_of_direct_over_a_thousand_steps():
+    "The bar; in fact it is far less, since a step of direct keeps every activation of every stage."
+    direct, checkpoint = (kept(gradient, STEPS) for gradient in ("direct", "checkpoint"))
+    assert checkpoint <= direct / 10, f"checkpoint {checkpoint / 2**20:.2f} MiB, direct {direct / 2**20:.2f} MiB"
+
+
+def test_checkpoint_keeps_one_state_per_step():
+    state = 2 * 4 * 8 * 8 * 4
+    slope = (kept("checkpoint", 300) - kept("checkpoint", 100)) / 200
+    assert state <= slope <= 1.1 * state
+
+
+def test_the_adjoint_keeps_nothing_per_step():
+    assert kept("adjoint", 200) == pytest.approx(kept("adjoint", 20), abs=1024)
+
+
+def test_the_adjoint_keeps_its_outputs_and_no_more():
+    state = 2 * 4 * 8 * 8 * 4
+    slope = (kept("adjoint", 100, outputs=101) - kept("adjoint", 100, outputs=51)) / 50
+    assert slope == pytest.approx(state, rel=.05)
+
+
+@pytest.mark.parametrize("gradient", ["checkpoint", "adjoint"])
+def test_the_backward_pass_holds_one_step_at_a_time(gradient):
+    "At no moment of the backward pass are more activations alive than those of a few steps."
+    alive, most = weakref.WeakSet(), [0]
+    class Watched(Convolution):
+        def forward(self, t, y):
+            out = super().forward(t, y)
+            alive.add(out)
+            most[0] = max(most[0], len(alive))
+            return out
+    y = solve(Watched(), torch.randn(1, 4, 8, 8), [0., 1.], "rk4", step_size=1 / 50, gradient=gradient).y
+    y.sum().backward()
+    assert 0 < most[0] <= 20
