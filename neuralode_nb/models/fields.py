@@ -99,7 +99,7 @@ class MLP(nn.Module):
         if self.features is not None: y = self.features(y)
         return self.layers(with_time(t, y) if self.time else y)
 
-# %% ../../nbs/models/00_fields.ipynb #7f43976f
+# %% ../../nbs/models/00_fields.ipynb #ee4fb9a5
 class ConvField(nn.Module):
     "Norm, activation, convolution, twice; with the time as a channel or, as a residual branch, without it."
     def __init__(self,
@@ -108,6 +108,7 @@ class ConvField(nn.Module):
         time:bool=True,                  # is the time a channel of each convolution's input?
         groups:int|None=None,            # of the norm; None: the largest divisor of `channels` up to 8
         kernel:int=3,                    # odd size of the convolutions
+        still:bool=False,                # is the last convolution zero at first, and so the whole field?
     ):
         super().__init__()
         _whole("channels", channels)
@@ -119,6 +120,8 @@ class ConvField(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(groups, channels) for _ in range(2))
         self.convs = nn.ModuleList(nn.Conv2d(channels + time, channels, kernel, padding=kernel // 2) for _ in range(2))
         self.activation = find_activation(activation)
+        if still:
+            for p in self.convs[1].parameters(): nn.init.zeros_(p)
 
     def forward(self, t, y):
         for norm, conv in zip(self.norms, self.convs):

@@ -6,7 +6,7 @@
 __all__ = ['stem', 'head', 'ResidualBlock', 'ImageNet', 'ResNet', 'ODENet']
 
 # %% ../../nbs/models/02_image.ipynb #9ff5814c
-from torch import nn
+from torch import Tensor, nn
 
 from .blocks import ODEBlock
 from .fields import ConvField
@@ -61,7 +61,7 @@ class ImageNet(nn.Module):
 
     def forward(self, x): return self.head(self.body(self.stem(x)))
 
-# %% ../../nbs/models/02_image.ipynb #96f90e8b
+# %% ../../nbs/models/02_image.ipynb #c6d469e6
 class ResNet(ImageNet):
     "Stem, residual blocks, head."
     def __init__(self,
@@ -72,7 +72,7 @@ class ResNet(ImageNet):
         halvings:int=2,     # of height and width before the first block
     ):
         if blocks < 1: raise ValueError(f"blocks={blocks} must be at least 1")
-        body = nn.Sequential(*(ResidualBlock(ConvField(width, time=False)) for _ in range(blocks)))
+        body = nn.Sequential(*(ResidualBlock(ConvField(width, time=False, still=True)) for _ in range(blocks)))
         super().__init__(body, channels, classes, width, halvings)
 
 class ODENet(ImageNet):
@@ -84,4 +84,4 @@ class ODENet(ImageNet):
         halvings:int=2,     # of height and width before the block
         **block,            # settings of `ODEBlock`: method, rtol, atol, step_size, gradient, …
     ):
-        super().__init__(ODEBlock(ConvField(width), **block), channels, classes, width, halvings)
+        super().__init__(ODEBlock(ConvField(width, still=True), **block), channels, classes, width, halvings)
