@@ -1,7 +1,7 @@
 """Neural ordinary differential equations in PyTorch: a book that runs, and the library it writes."""
 
 from neuralode_nb.ode.base import Solution, SolveError, Status
-from neuralode_nb.ode.checks import METHODS
+from neuralode_nb.ode.catalogue import METHODS
 from neuralode_nb.ode.compat import odeint, odeint_adjoint, odeint_dense
 from neuralode_nb.ode.control import PID
 from neuralode_nb.ode.solve import Adjoint, solve

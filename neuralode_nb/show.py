@@ -100,14 +100,14 @@ def panel(
         if sharex or sharey: ax.label_outer()
     return figure, axes[0] if n == 1 else axes
 
-# %% ../nbs/show.ipynb #b9f9736c
+# %% ../nbs/show.ipynb #968f7b27
 def _array(value:Any)->Any:
     "`value` as a NumPy array; a tensor is detached and brought to the host first."
     import numpy
     return numpy.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
 
 def phase_portrait(
-    f:Callable,                      # the field: points (n, 2) -> velocities (n, 2), as arrays or tensors
+    f:Callable,                      # the field: a tensor of points (n, 2) -> velocities (n, 2), tensor or array
     xlim:tuple[float, float],        # range of the first coordinate
     ylim:tuple[float, float],        # range of the second coordinate
     ax:Any=None,                     # where to draw; a new `panel` by default
@@ -117,8 +117,10 @@ def phase_portrait(
 )->Any:                              # the axes
     "The directions of a planar field as arrows, darker where it is faster, and trajectories over them."
     import numpy
-    points = numpy.stack(numpy.meshgrid(numpy.linspace(*xlim, n), numpy.linspace(*ylim, n)), -1).reshape(-1, 2)
-    v = _array(f(points))
+    import torch
+    points = torch.cartesian_prod(torch.linspace(*ylim, n), torch.linspace(*xlim, n)).flip(-1)
+    with torch.no_grad(): v = _array(f(points))
+    points = points.numpy()
     if v.shape != points.shape: raise ValueError(f"f maps points {points.shape} to {v.shape}; it must keep the shape")
     ax = panel(x="$y_1$", y="$y_2$", size=(3.2, 2.9))[1] if ax is None else ax
     speed = numpy.hypot(*v.T)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Config', 'run']
 
-# %% ../../nbs/experiments/02_digits.ipynb #f0976061
+# %% ../../nbs/experiments/02_digits.ipynb #1f05d399
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..lab.train import fit, seed_all
 from ..lab.watch import score
 from ..models.blocks import ODEBlock, count_nfe
 from ..models.image import ODENet, ResNet
-from ..show import images, panel
+from ..show import PALETTE, images, panel
 
 # %% ../../nbs/experiments/02_digits.ipynb #c68e95c7
 def _network(name, config):
@@ -149,15 +149,15 @@ def run(
         record.figures.update(_figures(record))
     return record
 
-# %% ../../nbs/experiments/02_digits.ipynb #3f1cae48
+# %% ../../nbs/experiments/02_digits.ipynb #e896d6d3
 def _draw_training(record):
     "Error and cost over the epochs: a line for each seed."
     figure, (left, right) = panel(x="epoch", y=["test error in %", "evaluations per pass"], columns=2, log=False)
     for k, name in enumerate(record.data):
         for i, history in enumerate(h for key, h in record.history.items() if key.startswith(f"{name}, seed")):
             label = name if i == 0 else None
-            left.plot(history["epoch"], [100 * (1 - a) for a in history["accuracy"]], color=f"C{k}", lw=0.9, label=label)
-            right.plot(history["epoch"], history["nfe_forward"], color=f"C{k}", lw=0.9)
+            left.plot(history["epoch"], [100 * (1 - a) for a in history["accuracy"]], color=PALETTE[k % 7], lw=0.9, label=label)
+            right.plot(history["epoch"], history["nfe_forward"], color=PALETTE[k % 7], lw=0.9)
     left.set(ylim=(0, 12))
     right.set(ylim=(0, None))
     left.legend(fontsize="x-small")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Config', 'run']
 
-# %% ../../nbs/experiments/01_spirals.ipynb #cf27c2cd
+# %% ../../nbs/experiments/01_spirals.ipynb #4f5bb12e
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
@@ -19,7 +19,8 @@ from ..lab.train import fit, seed_all
 from ..lab.windows import Window, windows
 from ..models.blocks import ODEBlock
 from ..models.fields import MLP
-from ..show import panel, phase_portrait
+from ..ode.solve import solve
+from ..show import FAINT, INK, PALETTE, panel, phase_portrait
 
 # %% ../../nbs/experiments/01_spirals.ipynb #18124e13
 def _cube(u): return u**3
@@ -106,7 +107,7 @@ def _train(series, model, config, seed, checkpoint, device, resume, progress):
                schedule_every="batch", evaluate=evaluate, nfe=nfe, clip=1., seed=seed, device=device, resume=resume,
                checkpoint=checkpoint, progress=progress)
 
-# %% ../../nbs/experiments/01_spirals.ipynb #cacaf123
+# %% ../../nbs/experiments/01_spirals.ipynb #f2171cd8
 @torch.no_grad()
 def _measure(model, series, unseen, true_field, history):
     "The numbers of one run."
@@ -117,7 +118,7 @@ def _measure(model, series, unseen, true_field, history):
             "NFE first": history["nfe_whole"][0], "NFE last": history["nfe_whole"][-1],
             "s/epoch": sum(history["seconds"]) / len(history), "parameters": sum(p.numel() for p in model.parameters())}
 
-def _grid(dim, radius=1.1, n=15):
+def _grid(dim, radius=1.1, n=11):
     "Points of a plane, in the order of `show.phase_portrait`; further coordinates are zero."
     line = torch.linspace(-radius, radius, n)
     plane = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).reshape(-1, 2)
@@ -125,14 +126,21 @@ def _grid(dim, radius=1.1, n=15):
 
 def _rounded(x): return [[round(v, 4) for v in row] for row in x.tolist()]
 
+def _steady(path, n=160):
+    "Places in a path at even distances along it: a point that moves fast is seen as often as one that moves slowly."
+    way = torch.cat([torch.zeros(1), path.diff(dim=0).norm(dim=-1).cumsum(0)])
+    return torch.searchsorted(way, torch.linspace(0, way[-1].item(), n)).clamp(max=len(path) - 1)
+
 @torch.no_grad()
 def _keep(model, series, true_field):
-    "What the figures need: trajectories thinned to 250 times, and both fields on a grid."
-    some = torch.linspace(0, len(series) - 1, min(250, len(series))).long()
-    grid = _grid(series.y.shape[-1])
-    return {"t": [round(v, 4) for v in series.t[some].tolist()], "truth": _rounded(series.exact[some, 0]),
-            "observed": _rounded(series.y[some, 0]), "learned": _rounded(model(series.exact[0], series.t)[some, 0]),
-            "true field": _rounded(true_field(grid)[:, :2]), "learned field": _rounded(model.f(series.t[0], grid)[:, :2])}
+    "What the figures need: both trajectories at times of their own, 250 observations at most, both fields on a grid."
+    start, grid = series.exact[0, 0], _grid(series.y.shape[-1])
+    fine = torch.linspace(series.t[0].item(), series.t[-1].item(), 4000)
+    truth = solve(lambda t, u: true_field(u), start, fine, rtol=1e-6, atol=1e-6).y
+    learned, seen = model(start, fine), torch.linspace(0, len(series) - 1, min(250, len(series))).long()
+    return {"truth": _rounded(truth[_steady(truth)]), "learned": _rounded(learned[_steady(learned)]),
+            "observed": _rounded(series.y[seen, 0]), "true field": _rounded(true_field(grid)[:, :2]),
+            "learned field": _rounded(model.f(series.t[0], grid)[:, :2])}
 
 # %% ../../nbs/experiments/01_spirals.ipynb #f5c04489
 def run(
@@ -161,14 +169,14 @@ def run(
         record.figures.update(_figures(record))
     return record
 
-# %% ../../nbs/experiments/01_spirals.ipynb #69b702ab
+# %% ../../nbs/experiments/01_spirals.ipynb #3ff6bdcb
 def _draw_trajectories(record):
     "Observations, truth and prediction in the plane of the first two variables."
     n = len(record.data)
-    figure, axes = panel(x="$u_1$", y="$u_2$", title=list(record.data), columns=min(n, 2), rows=-(-n // 2), size=(3.2, 2.6))
+    figure, axes = panel(x="$u_1$", y="$u_2$", title=list(record.data), columns=min(n, 2), rows=-(-n // 2), size=(2.8, 2.3))
     for ax, kept in zip(axes if n > 1 else [axes], record.data.values()):
-        for name, style in (("observed", dict(marker=".", ls="", ms=2.5, color="0.75")), ("truth", dict(color="0.2", lw=0.8)),
-                            ("learned", dict(color="C1", lw=1.2, ls="--"))):
+        for name, style in (("observed", dict(marker=".", ls="", ms=2.5, color=FAINT)), ("truth", dict(color=INK, lw=0.8)),
+                            ("learned", dict(color=PALETTE[1], lw=1.2, ls="--"))):
             ax.plot(*list(zip(*kept[name]))[:2], label=name, **style)
     (axes[0] if n > 1 else axes).legend(fontsize="x-small")
     return figure
@@ -176,26 +184,27 @@ def _draw_trajectories(record):
 def _draw_training(record):
     "Error and cost over the epochs, first seed of each system."
     figure, (left, right) = panel(x="epoch", y=["mean squared error", "evaluations for the whole"], columns=2, log="y")
-    for name, color in zip(record.data, ("C0", "C4", "C1", "C5")):
+    for name in record.data:
         history = next(h for key, h in record.history.items() if key.startswith(name))
-        left.plot(history["epoch"], history["mse"], color=color, label=name)
-        right.plot(history["epoch"], history["nfe_whole"], color=color)
-    left.axhline(record.config["noise"], color="0.5", lw=0.8, ls=":")
-    left.legend(fontsize="x-small")
+        style = dict(color=PALETTE[name.startswith("cubic")], lw=1.2, ls="--" if "irregular" in name else "-")
+        left.plot(history["epoch"], history["mse"], label=name, **style)
+        right.plot(history["epoch"], history["nfe_whole"], **style)
+    left.axhline(record.config["noise"], color=INK, lw=0.8, ls=":")
+    left.legend(fontsize="x-small", loc="lower left")
     return figure
 
-# %% ../../nbs/experiments/01_spirals.ipynb #0d075d73
+# %% ../../nbs/experiments/01_spirals.ipynb #a3bb1757
 def _draw_fields(record):
     "True and learned field of each system, from even times if there are any."
     chosen = list({name.split(",")[0]: name for name in reversed(record.data)}.values())[::-1]
     titles = [f"{which} field, {name.split(',')[0]}" for name in chosen for which in ("true", "learned")]
-    figure, axes = panel(x="$u_1$", y="$u_2$", title=titles, columns=2, rows=len(chosen), size=(2.9, 2.7))
+    figure, axes = panel(x="$u_1$", y="$u_2$", title=titles, columns=2, rows=len(chosen), size=(2.6, 2.4))
     for k, name in enumerate(chosen):
         kept = record.data[name]
         for ax, field, path in zip(axes[2 * k:], ("true field", "learned field"), ("truth", "learned")):
             values = torch.tensor(kept[field])
             phase_portrait(lambda points, values=values: values, (-1.1, 1.1), (-1.1, 1.1), ax,
-                           [torch.tensor(kept[path])[:, :2]], n=round(len(values)**0.5), color=f"C{ax is axes[2 * k + 1]:d}")
+                           [torch.tensor(kept[path])[:, :2]], n=round(len(values)**0.5), color=PALETTE[ax is axes[2 * k + 1]])
     return figure
 
 def _figures(record):

@@ -135,7 +135,7 @@ def _tensors(batch, name="batch"):
         for key, part in batch.items() if isinstance(batch, dict) else enumerate(batch):
             yield from _tensors(part, f"{name}[{key!r}]")
 
-# %% ../../nbs/lab/05_watch.ipynb #33ee5197
+# %% ../../nbs/lab/05_watch.ipynb #a26a0b47
 def diagnose(
     model, batch, value,    # the model, the batch that it failed on, and the loss, or the solver's error
 ):                          # cause, name of the first bad parameter or None, remedy
@@ -149,6 +149,14 @@ def diagnose(
         "what the solver says; or a smaller learning rate, a shorter time span, skip_failed=1")
     if not math.isfinite(value): return f"the loss is {value}", None, "a smaller learning rate, or a bounded field"
     bad = first_bad((name, p.grad) for name, p in model.named_parameters())
-    if bad is None: return "it failed in another process", None, "what that process says"
+    if bad is None: return _overflow(model) or ("it failed in another process", None, "what that process says")
     return (f"the loss is {value:.3g}, but the gradient of {bad} is not finite", bad,
             "a smaller learning rate; float64 or mixed_precision='no'; no root, logarithm or norm at zero")
+
+def _overflow(model):
+    "Cause and remedy if every gradient is finite, but the root of the sum of all squares is not."
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if math.isfinite(torch.nn.utils.get_total_norm(grads.values())): return None
+    name = max(grads, key=lambda name: grads[name].abs().max().item())
+    return (f"the norm of the gradient overflows: the gradient of {name} reaches {grads[name].abs().max().item():.3g}", name,
+            "a smaller learning rate, a shorter time span, a mean in place of a sum, or float64")

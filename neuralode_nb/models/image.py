@@ -6,7 +6,7 @@
 __all__ = ['stem', 'head', 'ResidualBlock', 'ImageNet', 'ResNet', 'ODENet']
 
 # %% ../../nbs/models/02_image.ipynb #9ff5814c
-from torch import Tensor, nn
+from torch import nn
 
 from .blocks import ODEBlock
 from .fields import ConvField

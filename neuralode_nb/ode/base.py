@@ -213,7 +213,7 @@ class SolveError(RuntimeError):
         "The cause, as in `Solution.status`."
         return self.failure.status
 
-# %% ../../nbs/ode/00_base.ipynb #e6e2b4cb
+# %% ../../nbs/ode/00_base.ipynb #24a310ce
 def in_words(s:Stats) -> list:
     "What a solve cost, and what its stiffness says about the choice of method, a sentence per line."
     more = f", {s.backward_f_evals} more in the backward pass" if s.backward_f_evals else ""
@@ -223,7 +223,7 @@ def in_words(s:Stats) -> list:
         lines.append(f"Stiffness |h λ| up to {s.stiffness:.2g}: " + (
             "stability, not accuracy, sets the step: a method for stiff problems would take far longer steps."
             if s.stiffness > 2.5 else "no sign of stiffness: an explicit method is the right choice."))
-    if s.rejected > s.accepted / 4 and s.rejected > 3:
+    if s.rejected > s.accepted / 2 and s.rejected > 3:     # methods of high order reject a third on smooth orbits
         lines.append("Many steps were rejected: f may jump (name the times in jump_t) or be noisy beside rtol/atol.")
     return lines
 

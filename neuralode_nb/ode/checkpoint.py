@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'Retracer', 'add', 'step_by_step', 'whole_graph', 'CheckpointSolve']
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #5ff5ad50
+# %% ../../nbs/ode/11_checkpoint.ipynb #2771f904
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from .base import Stats
 from .control import Stops
-from .explicit import StageList
 from .loop import Output, Run, march
-from .steps import Clock, Plan, Stepper
+from .steps import Clock, Plan
 
 # %% ../../nbs/ode/11_checkpoint.ipynb #0ce2de35
 @dataclass
@@ -36,13 +35,12 @@ class Job:
         args = [x.detach().requires_grad_(x.requires_grad) for x in tensors[:len(self.args)]]
         return args, self.plan.rebind(args)
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #fc321840
+# %% ../../nbs/ode/11_checkpoint.ipynb #db9c4d38
 class Retracer:
     "Rebuilds one step at a time with a graph and pulls gradients through it."
     def __init__(self, job:Job, f:Callable):
         self.plan, self.stats = replace(job.plan, f=f, k0=None, keep_dense=False, grid=lambda times: times), Stats()
-        stages, jumps = StageList(self.plan.tableau, self.plan.y0), Stops.of(self.plan).jumps
-        self.stepper = Stepper(self.plan, Clock(self.plan), stages, self.stats, jumps)
+        self.stepper = self.plan.begin(Clock(self.plan), self.stats, Stops.of(self.plan).jumps, differentiable=True)
         self.output = Output(self.plan, self.stepper.clock, self.stepper)
 
     def pull(self, step:tuple, t:Tensor|None, g:Tensor, y_bar:Tensor, inputs:list) -> tuple:
@@ -52,7 +50,8 @@ class Retracer:
         output, stepper = self.output, self.stepper
         if t: output.clock = stepper.clock = Clock(self.plan, t[0])
         first = output.at = bisect_right(output.keys, start * output.sign)
-        output.pieces, stepper.k = [], None
+        output.pieces = []
+        stepper.restart()
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             y1 = stepper.attempt(start, end, y)

@@ -6,7 +6,7 @@
 __all__ = ['SHARED', 'ADAPTIVE', 'FIXED', 'GAINS', 'NAMES', 'check_options', 'between', 'grid_from', 'plan_from', 'callbacks_of',
            'refuse_event', 'odeint', 'backward_options', 'odeint_adjoint', 'odeint_dense']
 
-# %% ../../nbs/ode/16_compat.ipynb #b1144a1f
+# %% ../../nbs/ode/16_compat.ipynb #79bdd977
 import math
 from dataclasses import replace
 from functools import lru_cache
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .control import PID
-from .checks import check_grid, find_method, gaps
+from .catalogue import find_method
+from .checks import check_grid, gaps
 from .solve import make_plan, run_plan
 from .steps import Plan
 from .tableau import Tableau
@@ -62,12 +63,13 @@ def grid_from(constructor:Callable, f, y0, t:Tensor) -> Callable:
         return [times[0], *inner, times[-1]]
     return grid
 
-# %% ../../nbs/ode/16_compat.ipynb #d64c8bce
+# %% ../../nbs/ode/16_compat.ipynb #62dbdfe7
 def plan_from(func, y0, t, rtol, atol, method, options, name:str='options') -> tuple:
     "(plan, tensors in args: none) from torchdiffeq's arguments."
     tableau = find_method('dopri5' if method is None else method)
+    if method == 'trbdf2': tableau = between(tableau, 'linear')       # on a grid there, with no error estimate
     o = check_options(tableau, options, name)
-    if not tableau.adaptive: tableau = between(tableau, o.get('interp', 'linear'))
+    if isinstance(tableau, Tableau) and not tableau.adaptive: tableau = between(tableau, o.get('interp', 'linear'))
     limit = int(o.get('max_num_steps', 1_000_000))
     def grid(tableau, times, max_steps):
         if o.get('grid_constructor') is not None: return grid_from(o['grid_constructor'], func, y0, t)

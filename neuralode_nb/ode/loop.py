@@ -6,7 +6,7 @@
 __all__ = ['ROOM', 'Output', 'read_off', 'first_bad_sample', 'diagnose', 'Run', 'tell', 'stopped', 'steepest', 'march',
            'late_failure', 'finish']
 
-# %% ../../nbs/ode/10_loop.ipynb #5bfc240a
+# %% ../../nbs/ode/10_loop.ipynb #da92364e
 import math
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
@@ -18,16 +18,15 @@ from torch.utils._pytree import tree_leaves
 from .base import Failure, Layout, Stats, Status
 from .control import Stops
 from .dense import DenseSolution, interpolate
-from .explicit import StageBuffer, StageList
 from .parameters import named_tensors
-from .steps import Adaptive, Clock, OnGrid, Plan, Stepper
+from .steps import Adaptive, Clock, OnGrid, Plan
 
-# %% ../../nbs/ode/10_loop.ipynb #6be06bfd
+# %% ../../nbs/ode/10_loop.ipynb #cf26dad9
 ROOM = 2**22   # numbers that may wait to be read off together
 
 class Output:
     "States at the observation times, collected step by step."
-    def __init__(self, plan:Plan, clock:Clock, stepper:Stepper):
+    def __init__(self, plan:Plan, clock:Clock, stepper):
         self.sign, self.clock, self.stepper = plan.sign, clock, stepper
         self.keys, self.pieces, self.waiting = [x * self.sign for x in plan.times], [], []
         self.times = torch.tensor(plan.times, dtype=torch.float64, device=plan.y0.device)
@@ -41,16 +40,15 @@ class Output:
         if first == last and self.kept is None: return
         self.at, inner = last, bisect_left(self.keys, end * self.sign, first, last)
         if inner > first or self.kept is not None:
-            if self.stepper.dense_needs_closing: self.stepper.close(y1)
-            stages = self.stepper.stages.stacked()
-            if self.kept is not None: self.kept.append((start, end, y, stages, self.stepper.stages.h))
-            if inner > first: self.waiting.append((start, end, first, inner, y, stages, self.stepper.stages.h))
+            stages, h = self.stepper.piece(y1), self.stepper.h
+            if self.kept is not None: self.kept.append((start, end, y, stages, h))
+            if inner > first: self.waiting.append((start, end, first, inner, y, stages, h))
             if self.waiting and stages.numel() * (inner - self.waiting[0][2]) > ROOM: self.flush()
         if last > inner: self.flush(); self.pieces.append(y1.expand(last - inner, *y1.shape))
 
     def flush(self):
         "Read off what waits."
-        if self.waiting: self.pieces.append(read_off(self.waiting, self.clock, self.times, self.stepper.c.dense))
+        if self.waiting: self.pieces.append(read_off(self.waiting, self.clock, self.times, self.stepper.dense))
         self.waiting = []
 
 # %% ../../nbs/ode/10_loop.ipynb #d5422159
@@ -105,17 +103,17 @@ def tell(plan:Plan, name:str, t:float, y:Tensor, end:float):
     number = lambda x: torch.tensor(x, dtype=plan.layout.time, device=y.device)
     plan.callbacks[name](number(t), y, number(abs(end - t)))
 
-# %% ../../nbs/ode/10_loop.ipynb #fc64dcc9
-def stopped(plan:Plan, stepper:Stepper, steps, t:float, y:Tensor, status:Status) -> Failure:
+# %% ../../nbs/ode/10_loop.ipynb #21c45e8b
+def stopped(plan:Plan, stepper, steps, t:float, y:Tensor, status:Status) -> Failure:
     "The diagnosis of a march that cannot go on."
-    beyond = None if math.isfinite(steps.ratio) else stepper.stages.stacked()
-    return diagnose(plan, status, t, steps.h, y, stepper.clock, beyond, steepest(stepper))
+    beyond = None if math.isfinite(steps.ratio) or stepper.fault is not None else stepper.piece(y)
+    return diagnose(plan, stepper.fault or status, t, steps.h, y, stepper.clock, beyond, steepest(stepper))
 
-def steepest(stepper:Stepper) -> float:
+def steepest(stepper) -> float:
     "Largest |h λ| seen: one read from the device."
     return torch.stack(stepper.steep).max().item() if stepper.steep else 0.
 
-# %% ../../nbs/ode/10_loop.ipynb #b1dc7664
+# %% ../../nbs/ode/10_loop.ipynb #691f0e64
 def march(
     plan:Plan,
     t:Tensor|None=None,         # the user's t, if it is differentiated
@@ -124,9 +122,8 @@ def march(
 )->Run:
     "Solve a plan from end to end."
     stats, clock, stops, kept, failure = Stats(), Clock(plan, t), Stops.of(plan), [], None
-    stages = (StageList if differentiable else StageBuffer)(plan.tableau, plan.y0)
-    stepper = Stepper(plan, clock, stages, stats, stops.jumps)
-    steps = Adaptive(plan, stepper, stops) if plan.grid is None else OnGrid(plan)
+    stepper = plan.begin(clock, stats, stops.jumps, differentiable)
+    steps = Adaptive(plan, stepper, stops) if plan.grid is None else OnGrid(plan, stepper)
     output, now, y = Output(plan, clock, stepper), plan.times[0], plan.y0
     while now != plan.times[-1]:
         until = steps.propose(now)
@@ -143,13 +140,13 @@ def march(
         if keep_steps: kept.append((now, until, y))
         output.take(now, until, y, y1)
         stepper.accept(now, until)
-        if until in plan.resets: y1 = plan.resets[until](y1); stepper.k = None; steps.restart(y1)
+        if until in plan.resets: y1 = plan.resets[until](y1); stepper.restart(); steps.restart(y1)
         now, y = until, y1
     return finish(plan, stepper, output, (now, y), failure, kept)
 
-# %% ../../nbs/ode/10_loop.ipynb #1fa82278
+# %% ../../nbs/ode/10_loop.ipynb #b52ce4d7
 @torch.no_grad()
-def late_failure(plan:Plan, stepper:Stepper, y:Tensor) -> Failure|None:
+def late_failure(plan:Plan, stepper, y:Tensor) -> Failure|None:
     "Find what went wrong in a run that reached its end: y holds its observations."
     if y[-1].isfinite().all(): return None
     first = int((~y.reshape(len(y), -1).isfinite().all(1)).nonzero()[0])
@@ -159,12 +156,12 @@ def late_failure(plan:Plan, stepper:Stepper, y:Tensor) -> Failure|None:
     if failure.sample is None: failure.sample = first_bad_sample(plan.layout, y[first])
     return failure
 
-def finish(plan:Plan, stepper:Stepper, output:Output, last:tuple, failure:Failure|None, kept:list) -> Run:
+def finish(plan:Plan, stepper, output:Output, last:tuple, failure:Failure|None, kept:list) -> Run:
     "Gather observations and cost."
     output.flush()
     if missing := len(plan.times) - output.at: output.pieces.append(last[1].expand(missing, *last[1].shape))
     y, stats = torch.cat(output.pieces), stepper.stats
     stats.stiffness = steepest(stepper)
     failure = failure or late_failure(plan, stepper, y)
-    dense = DenseSolution(plan.layout, stepper.c.dense, output.kept) if output.kept else None
+    dense = DenseSolution(plan.layout, stepper.dense, output.kept) if output.kept else None
     return Run(y, stats, failure, dense, kept, (output.at, last[0]))

@@ -24,17 +24,17 @@ def _grid(text):
     "Rows of entries, one row in each line."
     return [line.split() for line in text.strip().splitlines()]
 
-# %% ../../nbs/ode/03_methods.ipynb #211a6846
+# %% ../../nbs/ode/03_methods.ipynb #1fa82e08
 def find_tableau(
     name:str|Tableau, # a name such as "dopri5", or a table of your own
 )->Tableau:           # the table, the same object each time
     "The table called `name`; a table is its own name."
     if isinstance(name, Tableau): return name
     if not isinstance(name, str):
-        raise TypeError(f"method = {name!r} has type {type(name).__name__}; give a name such as 'dopri5' or a Tableau")
+        raise TypeError(f"method={name!r} has type {type(name).__name__}; give a name such as 'dopri5' or a Tableau")
     if name in TABLEAUS: return TABLEAUS[name]()
     close = difflib.get_close_matches(name.lower(), TABLEAUS, n=1, cutoff=0.5)
-    raise ValueError(f"method = {name!r} is not known{f'; did you mean {close[0]!r}?' if close else '.'} "
+    raise ValueError(f"method={name!r} is not known{f'; did you mean {close[0]!r}?' if close else '.'} "
                      f"Explicit methods: {', '.join(sorted(TABLEAUS))}")
 
 # %% ../../nbs/ode/03_methods.ipynb #a0c8aa67
