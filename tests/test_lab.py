@@ -358,6 +358,16 @@ def test_misuse_is_named(options, message):
     with pytest.raises((TypeError, ValueError), match=message): simple(nn.Linear(1, 1), **options)
 
 
+def test_a_norm_of_gradients_that_overflows_is_no_other_process():
+    model = nn.Linear(1, 1)
+    before = model.weight.item()
+    with pytest.raises(TrainingDiverged, match="the norm of the gradient overflows: the gradient of .* reaches .*e.24") as caught:
+        simple(model, loss=lambda m, b: 1e25 * mse_loss(m(b[0]), b[1]), clip=1.0)
+    assert "float64" in caught.value.remedy and caught.value.parameter in ("weight", "bias")
+    assert model.weight.item() == before                                       # and nothing was changed by it
+    simple(model.double(), loss=lambda m, b: 1e25 * mse_loss(m(b[0].double()), b[1].double()), clip=1.0)
+
+
 def test_a_model_that_is_broken_from_the_start_is_refused():
     model = nn.Linear(1, 1)
     model.bias.data.fill_(math.inf)

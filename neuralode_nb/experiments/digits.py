@@ -149,7 +149,7 @@ def run(
         record.figures.update(_figures(record))
     return record
 
-# %% ../../nbs/experiments/02_digits.ipynb #e896d6d3
+# %% ../../nbs/experiments/02_digits.ipynb #f0e61c57
 def _draw_training(record):
     "Error and cost over the epochs: a line for each seed."
     figure, (left, right) = panel(x="epoch", y=["test error in %", "evaluations per pass"], columns=2, log=False)
@@ -163,6 +163,7 @@ def _draw_training(record):
     left.legend(fontsize="x-small")
     return figure
 
+# %% ../../nbs/experiments/02_digits.ipynb #7a567cec
 def _draw_predictions(record):
     "Digits with what the first network says; mistakes in colour."
     kept = next(iter(record.data.values()))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Config', 'run']
 
-# %% ../../nbs/experiments/01_spirals.ipynb #4f5bb12e
+# %% ../../nbs/experiments/01_spirals.ipynb #edd8d98a
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..lab.windows import Window, windows
 from ..models.blocks import ODEBlock
 from ..models.fields import MLP
 from ..ode.solve import solve
-from ..show import FAINT, INK, PALETTE, panel, phase_portrait
+from ..show import INK, PALETTE, panel, phase_portrait
 
 # %% ../../nbs/experiments/01_spirals.ipynb #18124e13
 def _cube(u): return u**3
@@ -169,16 +169,16 @@ def run(
         record.figures.update(_figures(record))
     return record
 
-# %% ../../nbs/experiments/01_spirals.ipynb #3ff6bdcb
+# %% ../../nbs/experiments/01_spirals.ipynb #f84d7de3
 def _draw_trajectories(record):
     "Observations, truth and prediction in the plane of the first two variables."
-    n = len(record.data)
-    figure, axes = panel(x="$u_1$", y="$u_2$", title=list(record.data), columns=min(n, 2), rows=-(-n // 2), size=(2.8, 2.3))
+    n, first = len(record.data), next(iter(record.data.values()))
+    figure, axes = panel(x="$u_1$", y="$u_2$", title=list(record.data), columns=min(n, 2), rows=-(-n // 2), size=(3.2, 2.4))
     for ax, kept in zip(axes if n > 1 else [axes], record.data.values()):
-        for name, style in (("observed", dict(marker=".", ls="", ms=2.5, color=FAINT)), ("truth", dict(color=INK, lw=0.8)),
+        for name, style in (("observed", dict(marker=".", ls="", ms=2.5, color="0.7")), ("truth", dict(color=INK, lw=0.8)),
                             ("learned", dict(color=PALETTE[1], lw=1.2, ls="--"))):
-            ax.plot(*list(zip(*kept[name]))[:2], label=name, **style)
-    (axes[0] if n > 1 else axes).legend(fontsize="x-small")
+            ax.plot(*list(zip(*kept[name]))[:2], label=name if kept is first else None, **style)
+    figure.legend(loc="outside upper center", ncols=3, fontsize="x-small")
     return figure
 
 def _draw_training(record):
@@ -190,15 +190,15 @@ def _draw_training(record):
         left.plot(history["epoch"], history["mse"], label=name, **style)
         right.plot(history["epoch"], history["nfe_whole"], **style)
     left.axhline(record.config["noise"], color=INK, lw=0.8, ls=":")
-    left.legend(fontsize="x-small", loc="lower left")
+    figure.legend(loc="outside upper center", ncols=4, fontsize="x-small")
     return figure
 
-# %% ../../nbs/experiments/01_spirals.ipynb #a3bb1757
+# %% ../../nbs/experiments/01_spirals.ipynb #9d5ddc79
 def _draw_fields(record):
     "True and learned field of each system, from even times if there are any."
     chosen = list({name.split(",")[0]: name for name in reversed(record.data)}.values())[::-1]
     titles = [f"{which} field, {name.split(',')[0]}" for name in chosen for which in ("true", "learned")]
-    figure, axes = panel(x="$u_1$", y="$u_2$", title=titles, columns=2, rows=len(chosen), size=(2.6, 2.4))
+    figure, axes = panel(x="$u_1$", y="$u_2$", title=titles, columns=2, rows=len(chosen), size=(3.0, 2.6))
     for k, name in enumerate(chosen):
         kept = record.data[name]
         for ax, field, path in zip(axes[2 * k:], ("true field", "learned field"), ("truth", "learned")):

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Modes', 'modes', 'ModeFactor', 'Radau', 'radau5', 'CollocationStepper']
 
-# %% ../../nbs/ode/24_collocation.ipynb #ea179cba
+# %% ../../nbs/ode/24_collocation.ipynb #5319919b
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .implicit import ImplicitStepper, newton
+from .implicit import ImplicitStepper
 from .implicit_methods import IMPLICIT, radau_data
-from .linearize import Factor, NewtonStep, identity_minus, jacobian
+from .linearize import identity_minus
+from .roots import Factor, differentiable_root
 from .tableau import Tableau
 
-# %% ../../nbs/ode/24_collocation.ipynb #abac0876
+# %% ../../nbs/ode/24_collocation.ipynb #620e1bbd
 class Modes(NamedTuple):
     "The eigenvalues of a table that need solving, and the way to them and back."
     values: Tensor    # λ_k with non-negative imaginary part
@@ -38,13 +39,14 @@ def modes(tableau:Tableau, dtype:torch.dtype, device:torch.device) -> Modes:
         return Modes(*[x.to(device, complex_dtype) for x in parts], torch.linalg.inv(a).to(device, dtype.to_real()))
 
 class ModeFactor:
-    "Divides (stages, n) by I - hA ⊗ J."
+    "Divides all stages by I - hA ⊗ J."
     def __init__(self, J:Tensor, h:float, modes:Modes):
-        self.modes, self.factor = modes, Factor(identity_minus(J.to(modes.values), h * modes.values))
+        self.modes, self.factor = modes, Factor(identity_minus(J.to(modes.values), h * modes.values[:, None]))
 
     def solve(self, r:Tensor) -> Tensor:
-        "The division, in the eigenvectors' coordinates."
-        return (self.modes.back @ self.factor.solve(self.modes.into @ r.to(self.modes.values))).real
+        "The division of (1, stages * n), in the eigenvectors' coordinates."
+        stages = r.view(self.modes.into.shape[1], -1).to(self.modes.values)
+        return (self.modes.back @ self.factor.solve(self.modes.into @ stages)).real.reshape(1, -1)
 
 # %% ../../nbs/ode/24_collocation.ipynb #2ff05975
 class Radau(Tableau):
@@ -56,7 +58,7 @@ def radau5() -> Radau:
     t = IMPLICIT['radau5']()
     return Radau(t.name, t.a, t.b, t.c, dense=t.dense)
 
-# %% ../../nbs/ode/24_collocation.ipynb #0136327b
+# %% ../../nbs/ode/24_collocation.ipynb #fc7d3f76
 class CollocationStepper(ImplicitStepper):
     "Fully implicit Runge–Kutta steps: one system for all stages."
     before = None       # length, stages of the step before
@@ -71,15 +73,16 @@ class CollocationStepper(ImplicitStepper):
 
     def stages(self, rows:Tensor, h:float):
         "Z by iteration, (stages, n), without a graph; None if there is no solution."
-        make = lambda J, h: ModeFactor(J, h, self.modes)
-        residual = lambda z: z - h * self.a @ self.slopes(rows + z)
-        renew = lambda z: None if self.renewed(self.taus[0], rows, h, 0) is None else self.linear.factor(h, 'stages', make)
-        z, self.rate = newton(residual, self.guess(h), self.linear.factor(h, 'stages', make), self.measure, self.enough, renew)
-        return z
+        make, s = lambda J, h: ModeFactor(J, h, self.modes), len(self.a)
+        residual = lambda z: z - (h * self.a @ self.slopes(rows + z.view(s, -1), self.times)).view(1, -1)
+        self.norm = lambda change, z, norm=self.per_row: norm(change.view(s, -1)).square().mean(0, keepdim=True).sqrt()
+        z = self.root(residual, self.guess(h).view(1, -1), lambda: self.linear.factor(h, 'stages', make),
+                      lambda z: (self.taus[1], rows + z.view(s, -1)[-1:]))
+        return None if z is None else z.view(s, -1)
 
-    def slopes(self, rows:Tensor) -> Tensor:
+    def slopes(self, rows:Tensor, times) -> Tensor:
         "f at every stage."
-        return torch.cat([self.on_rows(tau, row[None]) for tau, row in zip(self.times, rows)])
+        return torch.cat([self.on_rows(tau, row[None]) for tau, row in zip(times, rows)])
 
     def guess(self, h:float) -> Tensor:
         "Z from the polynomial of the step before."
@@ -98,15 +101,10 @@ class CollocationStepper(ImplicitStepper):
 
     def with_graph(self, z:Tensor) -> Tensor:
         "The same step as a function of y, t and whatever f depends on."
-        rows, h, (s, n) = self.space.rows(self.y), self.length, z.shape
-        with torch.no_grad():
-            step = h.detach() if isinstance(h, Tensor) else h
-            Js = torch.cat([jacobian(self.linear.f, tau, row[None])[0] for tau, row in zip(self.times, rows + z)])
-            matrix = torch.eye(s * n).to(z) - step * torch.einsum('ij,jkl->ikjl', self.a, Js).reshape(s * n, s * n)
-        at = (rows + z).detach()
-        r = (at - rows) - h * self.a @ self.slopes(at)
-        stages = NewtonStep.apply(at.reshape(1, -1), r.reshape(1, -1), Factor(matrix[None])).view(s, n)
-        return self.finish(stages - rows)
+        rows, h, s = self.space.rows(self.y), self.length, len(self.a)
+        equation = lambda y, times=self.times: y - (rows + h * self.a @ self.slopes(y.view(s, -1), times)).view(1, -1)
+        stages = differentiable_root(equation, (rows + z).view(1, -1))
+        return self.finish(stages.view(s, -1) - rows)
 
     def error(self) -> Tensor:
         "Hairer & Wanner's estimate, flat, without gradient."
@@ -116,7 +114,7 @@ class CollocationStepper(ImplicitStepper):
             if self.k is None: self.k = self.slope(self.taus[0], self.y)
             factor = self.linear.factor(h * gamma, 'error')
             err = factor.solve(rest + h * gamma * self.space.rows(self.k))
-            if self.refine and self.measure(err) >= 1:
+            if self.refine and self.per_row(err).item() >= 1:
                 err = factor.solve(rest + h * gamma * self.on_rows(self.taus[0], self.space.rows(self.y) + err))
             return self.space.state(err).reshape(-1)
 
@@ -124,10 +122,10 @@ class CollocationStepper(ImplicitStepper):
         "The stages."
         return torch.stack([self.space.state(k[None]).reshape(-1) for k in self.ks])
 
-    def accept(self, start:float, end:float):
+    def accept(self, start:float, end:float, accepted=True):
         "Go on, with this step as the next one's guess."
         self.before, self.refine = None if self.inside(end, 1.) else (end - start, self.ks.detach()), False
-        super().accept(start, end)
+        super().accept(start, end, accepted)
 
     def advise(self, accepted:bool, factor:float) -> float:
         "As for all implicit steps; a rejection makes the next estimate look twice."

@@ -47,17 +47,19 @@ def gmres(
     y = torch.linalg.solve_triangular(R[:, :k, :k], (Q[:, :k, :1] * beta[:, None, None]).to(r), upper=True)
     return (y.mT @ V[:, :k])[:, 0], k
 
-# %% ../../nbs/ode/20_root_finders.ipynb #8293d836
+# %% ../../nbs/ode/20_root_finders.ipynb #edbbdf62
 class NewtonKrylov:
     "Direction from J d = r by GMRES, no better than the iteration deserves (Eisenstat & Walker 1996)."
     def __init__(self, g:Callable, how:str|Callable='autograd', krylov:int=30, preconditioner:Callable|None=None):
         self.g, self.how, self.krylov, self.precondition = g, how, krylov, preconditioner or (lambda v: v)
         self.forcing = self.last = None
-        self.evaluations = 0
+        self.evaluations = self.jacobians = 0
 
     def product(self, z:Tensor, r:Tensor) -> Callable:
         "v -> J(z) v."
-        if callable(self.how): return lambda v, J=self.how(z): (J @ v[..., None])[..., 0]
+        if callable(self.how):
+            self.jacobians += 1
+            return lambda v, J=jacobian(self.g, z, self.how): (J @ v[..., None])[..., 0]
         if self.how != 'differences': return lambda v: push(self.g, z, v)
         step = math.sqrt(torch.finfo(z.dtype).eps) * torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(1.)
         def difference(v):
@@ -74,7 +76,7 @@ class NewtonKrylov:
             self.forcing = (.9 * (size / self.last).square()).clamp(max=.9).maximum(floor.where(floor > .1, 0.))
         self.last, product = size, self.product(z, r)
         u, count = gmres(lambda v: product(self.precondition(v)), r, self.forcing, min(self.krylov, z.shape[-1]))
-        self.evaluations += count
+        self.evaluations += 0 if callable(self.how) else count
         return self.precondition(u)
 
 # %% ../../nbs/ode/20_root_finders.ipynb #f9f9f43b
@@ -171,7 +173,7 @@ def relative(d:Tensor, z:Tensor) -> Tensor:
     "(S,) largest component of a correction d at z, each relative to 1 + |z|."
     return (d.abs() / (1 + z.abs())).amax(-1)
 
-# %% ../../nbs/ode/20_root_finders.ipynb #f475c9de
+# %% ../../nbs/ode/20_root_finders.ipynb #fd305005
 class RootError(RuntimeError):
     "No root was found for some samples: `.root` holds what was."
     def __init__(self, message:str, root:Root):
@@ -181,7 +183,7 @@ class RootError(RuntimeError):
 def diagnosis(g:Callable, root:Root, method:str, how:str|Callable, norm:Callable) -> str:
     "Which samples failed, where the first of them stands, and what to try."
     failed = (~root.converged).nonzero()[:, 0]
-    s, (S, n), eps = int(failed[0]), root.z.shape, torch.finfo(root.z.dtype).eps
+    s, S, eps = int(failed[0]), len(root.z), torch.finfo(root.z.dtype).eps
     r, J = g(root.z), jacobian(g, root.z, how)
     cause, remedy = f"rate {root.rate[s].item():.3g}", ADVICE[method]
     if not torch.isfinite(r[s]).all():
@@ -194,7 +196,7 @@ def diagnosis(g:Callable, root:Root, method:str, how:str|Callable, norm:Callable
     return (f"method {method!r} found no root for {len(failed)} of {S} samples after {root.iterations} iterations; first "
             f"failed sample {s}: largest |g| {r[s].abs().max().item():.3g}, {cause}. Remedy: {remedy}.")
 
-# %% ../../nbs/ode/20_root_finders.ipynb #c9057ce8
+# %% ../../nbs/ode/20_root_finders.ipynb #736fd287
 def checked(z0, method:str, tolerance, max_iterations, norm, how, options:dict):
     "Refuse what makes no sense. Raises TypeError and ValueError."
     if not isinstance(z0, Tensor): raise TypeError(f"z0 must be a tensor of shape (S, n), got {type(z0).__name__}")
@@ -216,6 +218,7 @@ def checked(z0, method:str, tolerance, max_iterations, norm, how, options:dict):
     if not (callable(how) or how in ('autograd', 'func', 'differences')):
         raise ValueError(f"jacobian={how!r} is unknown: use 'autograd', 'func', 'differences' or a function of z")
 
+# %% ../../nbs/ode/20_root_finders.ipynb #45424792
 def check_numbers(**numbers):
     "Counts are whole, sizes positive. Raises ValueError."
     for name, value in numbers.items():
@@ -234,7 +237,7 @@ def check_residual(r, z0:Tensor, size):
         raise ValueError(f"norm returned {getattr(size, 'shape', size)!r}: it must return one number per sample, "
                          f"shape ({len(z0)},)")
 
-# %% ../../nbs/ode/20_root_finders.ipynb #fd163a8e
+# %% ../../nbs/ode/20_root_finders.ipynb #f03549fc
 def find_root(
     g:Callable,                   # (S, n) -> (S, n), a row of the result depends on the same row of z only
     z0:Tensor,                    # (S, n), first guess
@@ -250,17 +253,16 @@ def find_root(
     "Solve g(z) = 0 for S independent systems. Raises RootError, ValueError, TypeError."
     norm, how = relative if norm is None else norm, jacobian
     limit = LIMITS.get(str(method), 1) if max_iterations is None else max_iterations
-    if tolerance is None: tolerance = torch.finfo(getattr(z0, 'dtype', torch.double)).eps ** .7
-    checked(z0, method, tolerance, limit, norm, how, options)
-    z = z0.detach()
-    r = g(z)
+    checked(z0, method, 1. if tolerance is None else tolerance, limit, norm, how, options)
+    if tolerance is None: tolerance = torch.finfo(z0.dtype).eps ** .7
+    z, r = z0.detach(), g(z0.detach())
     with torch.no_grad():
         check_residual(r, z, norm(torch.zeros_like(z), z))
         way = METHODS[method](g, how, **options)
         if method == 'lbfgs': root = way.run(z, norm, tolerance, limit)
         else: root = iterate(g, z, way, norm, tolerance, limit, strict=False)
         root.jacobians = getattr(way, 'jacobians', 0)
-        root.factorizations = root.jacobians
+        root.factorizations = root.jacobians * (method != 'newton_krylov')
         root.evaluations += 1 + (0 if method == 'lbfgs' else getattr(way, 'evaluations', 0))
         if how == 'differences': root.evaluations += root.jacobians * (z.shape[1] + 1)
         if throw and not root.success: raise RootError(diagnosis(g, root, method, how, norm), root)

@@ -6,23 +6,26 @@
 __all__ = ['rows', 'columns', 'push', 'differences', 'jacobian', 'Factor', 'verdict', 'Root', 'iterate', 'Newton',
            'SimplifiedNewton', 'Correction', 'Solved', 'Gate', 'differentiable_root']
 
-# %% ../../nbs/ode/19_roots.ipynb #bed0ad99
+# %% ../../nbs/ode/19_roots.ipynb #9eba87d9
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable
 
 import torch
 from torch import Tensor
 
-# %% ../../nbs/ode/19_roots.ipynb #c6fc23ce
+# %% ../../nbs/ode/19_roots.ipynb #97f6c8a4
 def rows(r:Tensor, z:Tensor) -> Tensor:
     "Jacobian of the recorded r = g(z), from the n unit cotangents."
-    n = z.shape[-1]
-    units = torch.eye(n, dtype=r.dtype, device=r.device)[:, None].expand(n, *r.shape)
-    pull = lambda v, batched: torch.autograd.grad(r, z, v, retain_graph=True, allow_unused=True, is_grads_batched=batched)[0]
-    try: found = pull(units, True)
-    except RuntimeError: found = [pull(v, False) for v in units]
+    n, pull = z.shape[-1], partial(torch.autograd.grad, inputs=z, retain_graph=True, allow_unused=True)
+    if n <= 4 and not r.is_complex():    # as fast, and spares the seconds in which torch imports sympy to compare shapes
+        found = [pull(row)[0] for row in r.sum(0).unbind()]
+    else:
+        units = torch.eye(n, dtype=r.dtype, device=r.device)[:, None].expand(n, *r.shape)
+        try: found = pull(r, grad_outputs=units, is_grads_batched=True)[0]
+        except RuntimeError: found = [pull(r, grad_outputs=v)[0] for v in units]
     if found is None or found[0] is None: return z.new_zeros(*z.shape, n)
     found = found.detach() if isinstance(found, Tensor) else torch.stack(found)
     return found.transpose(0, 1).conj().resolve_conj()
@@ -182,16 +185,18 @@ class SimplifiedNewton(Newton):
         elif stale.any(): self.factor = self.factor.replaced(stale, self.fresh(z))
         return self.factor.solve(r)
 
-# %% ../../nbs/ode/19_roots.ipynb #98f5b7c3
+# %% ../../nbs/ode/19_roots.ipynb #8d0c576a
 class Correction(torch.autograd.Function):
     "0, with the derivative of -J⁻¹ r; itself differentiable as often as wanted."
     @staticmethod
     def forward(ctx, r:Tensor, solve:Callable, once:bool) -> Tensor:
         ctx.solve, ctx.once = solve, once
+        ctx.set_materialize_grads(False)
         return torch.zeros_like(r)
 
     @staticmethod
-    def backward(ctx, v:Tensor):
+    def backward(ctx, v:Tensor|None):
+        if v is None: return None, None, None          # behind a closed gate
         if ctx.once and torch.is_grad_enabled():
             raise RuntimeError("this root was made with derivatives=1, so create_graph=True would give a wrong second one: "
                                "use derivatives=2")
@@ -208,6 +213,7 @@ class Solved(torch.autograd.Function):
     def backward(ctx, v:Tensor):
         return Solved.apply(v, ctx.solve, not ctx.transpose), None, None
 
+# %% ../../nbs/ode/19_roots.ipynb #01e90185
 class Gate(torch.autograd.Function):
     "Identity. Its gradient, zero at a root, is passed on only once it may be differentiated again."
     @staticmethod

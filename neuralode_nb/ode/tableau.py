@@ -154,7 +154,7 @@ def _coefficients(closed, dtype, device):
             dense=torch.stack([tensor(row) for row in dense]), row_terms=tuple(map(terms, a)),
             error_terms=None if b_error is None else terms(b_error))
 
-# %% ../../nbs/ode/02_tableau.ipynb #3b342c29
+# %% ../../nbs/ode/02_tableau.ipynb #7d24f9d2
 def _order(self, weights):
     "The order of `weights` (b, b_embedded or dense rows) with the stages of this table; None for None."
     if weights is None: return None
@@ -173,10 +173,11 @@ def _exact(self):
 def _describe(self):
     "One line: orders, stages, dense order."
     pair = f"({self.embedded_order})" if self.adaptive else ""
-    kind = f"{'FSAL, ' if self.fsal else ''}dense order {self.dense_order}" if self.explicit else "implicit"
-    return f"Tableau({self.name!r}: order {self.order}{pair}, {self.stages} stages, {kind})"
+    kind = ["implicit"]*(not self.explicit) + ["FSAL"]*self.fsal
+    dense = [f"dense order {self.dense_order}"] if self.dense_order else []
+    return f"Tableau({self.name!r}: order {self.order}{pair}, {', '.join([f'{self.stages} stages', *kind, *dense])})"
 
-# %% ../../nbs/ode/02_tableau.ipynb #4b44d1f5
+# %% ../../nbs/ode/02_tableau.ipynb #cbfb12e7
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class Tableau:
     "A Runge–Kutta method in exact fractions. Building one checks it; its orders are derived, not typed in."
@@ -185,7 +186,7 @@ class Tableau:
     b: tuple                # s weights of the solution that is propagated
     c: tuple                # s nodes
     b_embedded: tuple|None  # s weights of a second solution, for the error estimate
-    dense: tuple|None       # rows of coefficients of theta, theta^2, ...; None: cubic Hermite
+    dense: tuple|None       # rows of coefficients of theta, theta^2, ...; None: cubic Hermite if explicit, else none
 
     def __init__(self, name, a, b, c=None, b_embedded=None, dense=None, order=None):
         _fill(self, name, a, b, c, b_embedded, dense)
@@ -204,7 +205,7 @@ class Tableau:
     fsal = cached_property(lambda self: self.c[-1] == 1 and (*self.a[-1], *[0]*self.explicit) == self.b)
     order = cached_property(lambda self: _order(self, self.b))
     embedded_order = cached_property(lambda self: _order(self, self.b_embedded))
-    dense_order = cached_property(lambda self: _order(self, self.dense or self.closed.dense))
+    dense_order = cached_property(lambda self: _order(self, self.dense or (self.closed.dense if self.explicit else None)))
     error_order = cached_property(lambda self: min(self.order, self.embedded_order) if self.adaptive else None)
     exact, closed = cached_property(_exact), cached_property(_closed)
     _conditions = cached_property(lambda self: Conditions(*_closing(self)))
