@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-# %% ../../nbs/ode/00_base.ipynb #35805201
+# %% ../../nbs/ode/00_base.ipynb #94a9526b
 @dataclass(frozen=True)
 class Layout:
     "How a state of any structure lies in one tensor, and back."
@@ -39,8 +39,16 @@ class Layout:
 
     def flatten(self, y) -> Tensor:
         "One tensor in working precision: a lone tensor as it is, else shape (sum of sizes,)."
-        if self.plain: return y.to(self.work)
-        return torch.cat([leaf.reshape(-1) for leaf in tree_flatten(y)[0]]).to(self.work)
+        return (y if self.plain else self.join(tree_flatten(y)[0])).to(self.work)
+
+    def join(self, leaves) -> Tensor:
+        "The leaves of a structure, one after the other."
+        return torch.cat([leaf.reshape(-1) for leaf in leaves])
+
+    @property
+    def flat_shape(self) -> torch.Size:
+        "Of the flat state."
+        return self.shapes[0] if self.plain else torch.Size([sum(shape.numel() for shape in self.shapes)])
 
     def unflatten(self, v:Tensor):
         "The structure again, in the state's own type; leading axes (times, samples) are kept."
@@ -70,7 +78,7 @@ def layout_of(
             raise ValueError(f"{name} mixes {what}s {sorted(found)}: move all its tensors to one {what}")
     return Layout(spec, tuple(leaf.shape for leaf in leaves), leaves[0].dtype, leaves[0].device, isinstance(y0, Tensor))
 
-# %% ../../nbs/ode/00_base.ipynb #6c7b449e
+# %% ../../nbs/ode/00_base.ipynb #6db41269
 def tolerance(
     name:str,       # argument name for messages
     value,          # number, tensor, or structure like the state's
@@ -87,19 +95,17 @@ def tolerance(
         raise ValueError(f"{name}={low:g} must be a finite number, zero or positive")
     if not isinstance(value, Tensor): return float(value)
     value = value.to(layout.device, layout.time)
-    shape = layout.shapes[0] if layout.plain else torch.Size([sum(s.numel() for s in layout.shapes)])
-    try: return value.expand(shape)
+    try: return value.expand(layout.flat_shape)
     except RuntimeError: raise ValueError(f"{name} has shape {tuple(value.shape)}, which does not broadcast to the "
-                                          f"state's {tuple(shape)}") from None
+                                          f"state's {tuple(layout.flat_shape)}") from None
 
 def spread(name:str, value, layout:Layout) -> Tensor:
     "A structured tolerance as one flat tensor."
     leaves, spec = tree_flatten(value)
     if spec != layout.spec:
         raise ValueError(f"{name} has structure {spec}, but the state has {layout.spec}: they must match")
-    parts = [torch.as_tensor(v, dtype=layout.time, device=layout.device).expand(s).reshape(-1)
-             for v, s in zip(leaves, layout.shapes)]
-    return torch.cat(parts)
+    parts = [torch.as_tensor(v, dtype=layout.time, device=layout.device).expand(s) for v, s in zip(leaves, layout.shapes)]
+    return parts[0] if layout.plain else layout.join(parts)
 
 # %% ../../nbs/ode/00_base.ipynb #83f8c3bf
 def rms_norm(x:Tensor) -> float:
@@ -145,7 +151,7 @@ class Status(IntEnum):
         "True if the solution reached where it was meant to go."
         return self in (Status.success, Status.terminated_by_event)
 
-# %% ../../nbs/ode/00_base.ipynb #dfa63ba8
+# %% ../../nbs/ode/00_base.ipynb #9a8b5e23
 CAUSE = {
     Status.success: "the solve reached the end of t",
     Status.max_steps: "the solve used up max_steps",
@@ -163,10 +169,12 @@ REMEDY = {
     Status.non_finite_state: "check y0 and the input of the model; if the steps are fixed, halve step_size",
     Status.non_finite_field: "look for log, sqrt or division of y in f, enormous parameters, or a solution that blows up; "
                              "shorten the steps with max_step or step_size",
+    Status.newton_failed: "f may jump or not be smooth here, or the step is too long: use an adaptive method or a smaller step_size, "
+                          "or try Implicit(method, jacobian='differences')",
     Status.non_finite_parameter: "training diverged before: lower the learning rate, clip gradients, restore good weights",
 }
 
-# %% ../../nbs/ode/00_base.ipynb #f3776b76
+# %% ../../nbs/ode/00_base.ipynb #ca093cf4
 @dataclass
 class Stats:
     "What a solve cost. Steps and evaluations are counts; h is in units of t."
@@ -179,6 +187,11 @@ class Stats:
     stiffness: float = 0.                  # largest estimate of |h λ|; above ~3 an explicit method is held back by it
     smallest_step: float = math.inf
     largest_step: float = 0.
+    def together(self) -> 'Stats':
+        "Counts of all samples added up; shortest and longest step among them."
+        total = {name: int(x.sum()) if isinstance(x, torch.Tensor) else x for name, x in vars(self).items()}
+        return Stats(**{**total, 'smallest_step': float(self.smallest_step.min()), 'largest_step': float(self.largest_step.max())})
+
     def count_step(self, h:float):
         "Note an accepted step of length |h|."
         self.accepted += 1
@@ -227,15 +240,15 @@ def in_words(s:Stats) -> list:
         lines.append("Many steps were rejected: f may jump (name the times in jump_t) or be noisy beside rtol/atol.")
     return lines
 
-# %% ../../nbs/ode/00_base.ipynb #37758983
+# %% ../../nbs/ode/00_base.ipynb #59603609
 @dataclass
 class Solution:
     "The answer of `solve`: states at the times `t`, how it ended, what it cost."
     y: Any                          # structure of y0, each leaf with a leading time axis
     t: Float[Tensor, ' times']       # as given, also where the solve stopped early
-    status: Status = Status.success
+    status: Status = Status.success # a list of them, if every sample has its own steps
     stats: Stats = field(default_factory=Stats)
-    failure: Failure|None = None
+    failure: Failure|dict|None = None    # by sample, if every sample has its own steps
     dense: Callable|None = None     # time -> state, kept when asked for
     method: str = ''
 
@@ -247,4 +260,8 @@ class Solution:
 
     def explain(self) -> str:
         "A diagnosis in plain words."
+        if isinstance(self.status, list):
+            failed = list((self.failure or {}).values())
+            head = f"{len(failed)} of {len(self.status)} samples failed" + (f"; the first: {failed[0]}" if failed else ".")
+            return '\n'.join([f"{self.method}: {head}", "All samples together:", *in_words(self.stats.together())])
         return '\n'.join([f"{self.method}: {self.failure or CAUSE[self.status] + '.'}", *in_words(self.stats)])

@@ -42,7 +42,7 @@ def received(k, shape:torch.Size, layout:Layout) -> Tensor:
         raise ValueError(f"f returned a tensor on {k.device}, but y0 is on {layout.device}: move one")
     return k.to(layout.work)     # from autocast, or from half precision
 
-# %% ../../nbs/ode/14_checks.ipynb #a093dd22
+# %% ../../nbs/ode/14_checks.ipynb #427e0fcb
 def keep_autocast(f:Callable, device:torch.device) -> Callable:
     "f under the autocast that holds now, also when it is called later or with autocast off."
     kind = device.type
@@ -70,7 +70,7 @@ def flat_field(
         leaves, spec = tree_flatten(f(t, layout.unflatten(y), *more))
         if spec != layout.spec:
             raise ValueError(f"f returned structure {spec} for a state of structure {layout.spec}: they must match")
-        return torch.cat([received(k, s, layout).reshape(-1) for k, s in zip(leaves, layout.shapes)])
+        return layout.join([received(k, s, layout) for k, s in zip(leaves, layout.shapes)])
     return structured
 
 # %% ../../nbs/ode/14_checks.ipynb #5ed2f23e

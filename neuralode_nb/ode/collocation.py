@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Modes', 'modes', 'ModeFactor', 'Radau', 'radau5', 'CollocationStepper']
 
-# %% ../../nbs/ode/24_collocation.ipynb #5319919b
+# %% ../../nbs/ode/24_collocation.ipynb #e5c71f70
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .implicit import ImplicitStepper
 from .implicit_methods import IMPLICIT, radau_data
-from .linearize import identity_minus
-from .roots import Factor, differentiable_root
+from .linearize import divisor, identity_minus
+from .roots import differentiable_root
 from .tableau import Tableau
 
-# %% ../../nbs/ode/24_collocation.ipynb #620e1bbd
+# %% ../../nbs/ode/24_collocation.ipynb #9522fc28
 class Modes(NamedTuple):
     "The eigenvalues of a table that need solving, and the way to them and back."
     values: Tensor    # λ_k with non-negative imaginary part
@@ -41,7 +41,7 @@ def modes(tableau:Tableau, dtype:torch.dtype, device:torch.device) -> Modes:
 class ModeFactor:
     "Divides all stages by I - hA ⊗ J."
     def __init__(self, J:Tensor, h:float, modes:Modes):
-        self.modes, self.factor = modes, Factor(identity_minus(J.to(modes.values), h * modes.values[:, None]))
+        self.modes, self.factor = modes, divisor(identity_minus(J.to(modes.values), h * modes.values[:, None]))
 
     def solve(self, r:Tensor) -> Tensor:
         "The division of (1, stages * n), in the eigenvectors' coordinates."
@@ -58,7 +58,7 @@ def radau5() -> Radau:
     t = IMPLICIT['radau5']()
     return Radau(t.name, t.a, t.b, t.c, dense=t.dense)
 
-# %% ../../nbs/ode/24_collocation.ipynb #fc7d3f76
+# %% ../../nbs/ode/24_collocation.ipynb #40f7f4b8
 class CollocationStepper(ImplicitStepper):
     "Fully implicit Runge–Kutta steps: one system for all stages."
     before = None       # length, stages of the step before
@@ -96,7 +96,7 @@ class CollocationStepper(ImplicitStepper):
         "The result, and what is carried over."
         self.z, self.ks = z, self.modes.inverse @ z / self.length
         rows = self.space.rows(self.y)
-        if self.table.at_end: self.k1 = self.space.state(self.ks[-1:])
+        self.k1 = self.space.state(self.ks[-1:]) if self.table.at_end else None
         return rows + z[-1:] if self.table.at_end else rows + self.length * (self.b @ self.ks)
 
     def with_graph(self, z:Tensor) -> Tensor:

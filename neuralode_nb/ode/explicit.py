@@ -14,14 +14,14 @@ from torch import Tensor
 
 from .tableau import Tableau
 
-# %% ../../nbs/ode/05_explicit.ipynb #bf32abdf
+# %% ../../nbs/ode/05_explicit.ipynb #84f0bb76
 def stage_times(
-    start:Tensor,                  # t_n, 0-dimensional
+    start:Tensor,                  # t_n: 0-dimensional, or (samples, 1, …)
     end:Tensor,                    # t_{n+1}
     nodes:Float[Tensor, ' stages'], # c
-)->tuple:                          # one 0-dimensional tensor per stage
+)->tuple:                          # one tensor per stage
     "Times of the stages, never outside the step."
-    return torch.lerp(start, end, nodes).unbind()
+    return torch.lerp(start, end, nodes.view(-1, *[1] * start.ndim) if start.ndim else nodes).unbind()
 
 # %% ../../nbs/ode/05_explicit.ipynb #9bf0521c
 @lru_cache(maxsize=64)

@@ -61,7 +61,7 @@ def numbers(tableau:Tableau, dtype:torch.dtype, device:torch.device) -> Numbers:
         guesses = [row(x) for x in predictor(tableau)] if diagonal(tableau) else []
         return Numbers(tensor(c), a, b, error, tensor(dense), guesses, not tableau.dense, tableau.fsal)
 
-# %% ../../nbs/ode/23_implicit.ipynb #d4068411
+# %% ../../nbs/ode/23_implicit.ipynb #06cb9dcc
 SLOW = .05     # ρ above which a new Jacobian pays
 RENEWALS = 20  # of the Jacobian in a step of fixed length
 
@@ -69,8 +69,8 @@ class ImplicitStepper(Carried):
     "What steppers share that solve equations with one Jacobian for many steps."
     def __init__(self, plan:Plan, clock, stats, jumps=frozenset(), differentiable:bool=False):
         super().__init__(plan, clock, stats, jumps)
-        self.table, self.space = numbers(plan.method, plan.y0.dtype, plan.y0.device), Rows(plan.y0)
-        self.plan, self.differentiable, self.rate = plan, differentiable, 0.
+        self.table, self.space = numbers(plan.method, plan.y0.dtype, plan.y0.device), Rows(plan.y0, plan.samples)
+        self.plan, self.differentiable, self.rate, self.each = plan, differentiable, 0., plan.each is not None
         self.on_rows, self.dense, self.k1 = self.space.field(self.slope), self.table.dense, None
         self.linear = Linearization(self.space.field(self.f), stats, user_jacobian(plan, self.space))
         self.rtol, self.atol = self.space.like_rows(plan.rtol), self.space.like_rows(plan.atol)
@@ -80,8 +80,9 @@ class ImplicitStepper(Carried):
         "The state at the end of a step; y itself, and a fault, if its equations were not solved."
         tau, tau1 = self.ends(start, end)
         self.y, self.length, self.taus = y, self.clock.length(start, end), (tau, tau1)
+        self.step, self.failed = self.space.column(self.length), False
         self.times = stage_times(tau, tau1, self.table.nodes)
-        with torch.no_grad(): found = self.with_jacobian(tau, self.space.rows(y), end - start)
+        with torch.no_grad(): found = self.with_jacobian(tau, self.space.rows(y), self.step.detach() if self.each else end - start)
         self.fault = Status.newton_failed if found is None else None
         if found is None: return y
         y1 = self.with_graph(found) if self.differentiable else self.finish(found)
@@ -89,7 +90,9 @@ class ImplicitStepper(Carried):
 
     def with_jacobian(self, tau:Tensor, rows:Tensor, h:float):
         "Solve the stages; None if they have no solution."
-        size, root = rows.abs() * self.rtol + self.atol, math.sqrt(max(self.space.n, 1))
+        magnitude, root = rows.abs(), math.sqrt(max(self.space.n, 1))
+        rounding = 10 * torch.finfo(rows.dtype).eps / self.enough * magnitude.amax(-1, keepdim=True)
+        size = torch.maximum(magnitude * self.rtol + self.atol, rounding)     # what cannot be resolved is not asked for
         self.norm = self.per_row = lambda change, z=None: torch.linalg.vector_norm(change / size, dim=-1) / root
         if self.linear.J is None: self.linear.at(tau, rows)
         self.renewals, self.rate = 1 if self.plan.grid is None else RENEWALS, 0.
@@ -100,6 +103,9 @@ class ImplicitStepper(Carried):
         while True:
             divide = factor().solve
             found = iterate(residual, z, lambda z, r, rate, active: divide(r), self.norm, self.enough, ITERATIONS)
+            if self.each:
+                self.failed = self.failed | ~found.converged
+                return found.z
             self.rate = max(self.rate, found.rate.item())
             if found.success: return found.z
             z = found.z
@@ -109,10 +115,10 @@ class ImplicitStepper(Carried):
 
     def accept(self, start:float, end:float, accepted=True):
         "Go on; drop a Jacobian with which the iterations were slow."
-        self.stats.count_step(abs(end - start))
-        self.linear.age += 1
-        if self.rate > SLOW or self.inside(end, 1.): self.linear.J = None
-        self.k, self.k1 = (None, None) if self.inside(end, 1.) else (self.k1, None)
+        if accepted is True: self.stats.count_step(abs(end - start))
+        jump = self.jumps and (self.each or self.inside(end, 1.))
+        if self.rate > SLOW or self.each or jump: self.linear.J = None     # a sample's own Jacobian must not be a neighbour's choice
+        self.k = None if jump or self.k1 is None else self.carry(self.k1, accepted)
 
     def advise(self, accepted:bool, factor:float) -> float:
         "Half the step where the equations had no solution; the same one where new factors would cost more than they save."
@@ -127,11 +133,12 @@ class ImplicitStepper(Carried):
         "Rows of the polynomial; with a length that is differentiated in them, as `h` is a number."
         rows = self.polynomial(y1)
         self.h = 1. if isinstance(self.length, Tensor) else self.length
-        return rows * self.length if isinstance(self.length, Tensor) else rows
+        return (rows.view(-1, *self.y.shape) * self.length).view_as(rows) if isinstance(self.length, Tensor) else rows
 
-# %% ../../nbs/ode/23_implicit.ipynb #cd059ec8
+# %% ../../nbs/ode/23_implicit.ipynb #cf1784ee
 class DiagonalStepper(ImplicitStepper):
     "Diagonally implicit Runge–Kutta steps: a system of the state's size for each stage."
+    per_sample = True
     def stages(self, rows:Tensor, h:float):
         "All z_i and k_i by iteration, without a graph; None if one has no solution."
         a, ks, roots = self.table.a, [], []
@@ -154,14 +161,14 @@ class DiagonalStepper(ImplicitStepper):
     def finish(self, found:tuple) -> Tensor:
         "The result, and what is carried over."
         self.ks, roots = found
-        if self.table.at_end: self.k1 = self.space.state(self.ks[-1])
-        return roots[-1] if self.table.at_end else combine(self.space.rows(self.y), self.ks, self.table.b, self.length)
+        self.k1 = self.space.state(self.ks[-1]) if self.table.at_end else None
+        return roots[-1] if self.table.at_end else combine(self.space.rows(self.y), self.ks, self.table.b, self.step)
 
     def with_graph(self, found:tuple) -> Tensor:
         "The same step as a function of y, t and whatever f depends on."
         rows, ks, field, roots = self.space.rows(self.y), [], self.on_rows, []
         for row, tau, root in zip(self.table.a, self.times, found[1]):
-            base, gamma = combine(rows, ks, row, self.length), self.length * row[len(ks)]
+            base, gamma = combine(rows, ks, row, self.step), self.step * row[len(ks)]
             if not row[len(ks)]:
                 root = base
                 k = self.space.rows(self.k) if not ks and self.k.requires_grad else field(tau, base)
@@ -177,7 +184,7 @@ class DiagonalStepper(ImplicitStepper):
         "$h \\sum_i (b_i - \\hat b_i) k_i$, flat, without gradient."
         with torch.no_grad():
             zero = torch.zeros_like(self.ks[0])
-            return self.space.state(combine(zero, self.ks, self.table.error, self.length)).reshape(-1)
+            return self.space.state(combine(zero, self.ks, self.table.error, self.step)).reshape(-1)
 
     def polynomial(self, y1:Tensor) -> Tensor:
         "The stages, or the slopes of Hermite's polynomial."

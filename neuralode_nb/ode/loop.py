@@ -131,7 +131,7 @@ def joint_parts(plan:Plan, t:Tensor|None, differentiable:bool, stats:Stats) -> t
     steps = Adaptive(plan, stepper, stops) if plan.grid is None else OnGrid(plan, stepper)
     return stepper, steps, Output(plan, clock, stepper)
 
-# %% ../../nbs/ode/10_loop.ipynb #a597230a
+# %% ../../nbs/ode/10_loop.ipynb #e288760b
 def march(
     plan:Plan,
     t:Tensor|None=None,         # the user's t, if it is differentiated
@@ -152,7 +152,7 @@ def march(
         accepted = steps.judge(now, until, y1)
         tell(plan, 'callback_reject_step' if accepted is False else 'callback_accept_step', now, y, until)
         if accepted is False: continue
-        if keep_steps: kept.append((now, until, y))
+        if keep_steps: kept.append((now, until, y) if accepted is True else (now, until, y, accepted))
         output.take(now, until, y, y1, accepted)
         stepper.accept(now, until, accepted)
         now, y = steps.move(now, until, y, y1, accepted)

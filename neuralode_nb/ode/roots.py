@@ -99,7 +99,7 @@ class Factor:
         mixed.info = torch.where(which, other.info, self.info)
         return mixed
 
-# %% ../../nbs/ode/19_roots.ipynb #c437aff5
+# %% ../../nbs/ode/19_roots.ipynb #4668a111
 def verdict(
     size, last,        # |d_k| and |d_{k-1}| (None at first), numbers or (S,)
     theta,             # rate so far; nan if there is none
@@ -110,8 +110,7 @@ def verdict(
     "What the size of a correction says (Hairer & Wanner 1996, IV.8)."
     if last is not None: theta = size / last
     room = tolerance * (1 - theta)
-    converged = theta * size <= room                     # a comparison with nan is False
-    if last is None: converged = converged | (size <= 0)
+    converged = (theta * size <= room) | (size <= .1 * tolerance)       # a comparison with nan is False
     if strict and last is not None:
         bounded = theta.clamp(max=1) if isinstance(theta, Tensor) else min(theta, 1.)
         return theta, converged, (bounded ** (left + 1) * size <= room) ^ True

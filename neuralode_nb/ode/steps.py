@@ -17,7 +17,7 @@ from .base import Layout, Stats, Status
 from .control import Stops, first_step
 from .explicit import StageBuffer, StageList, explicit_step, stage_times
 
-# %% ../../nbs/ode/09_steps.ipynb #2317dbc4
+# %% ../../nbs/ode/09_steps.ipynb #47bc043e
 @dataclass
 class Plan:
     "A solve that has been checked: what the loop works from."
@@ -51,17 +51,22 @@ class Plan:
 
     def __post_init__(self): self.sign = math.copysign(1., self.times[-1] - self.times[0])   # of the direction of time
 
+    @property
+    def samples(self) -> int:
+        "How many rows the state has that know nothing of one another; 1 if they do."
+        return 1 if self.each is None else len(self.y0)
+
     def begin(self, clock, stats, jumps=frozenset(), differentiable:bool=False):
         "A stepper for this plan."
         return (self.stepper or ExplicitStepper)(self, clock, stats, jumps, differentiable)
 
-# %% ../../nbs/ode/09_steps.ipynb #5bc70ec3
+# %% ../../nbs/ode/09_steps.ipynb #6eeace8f
 class Clock:
     "Host times as tensors; as functions of the user's t, if that is differentiated."
     def __init__(self, plan:Plan, t:Tensor|None=None):
         self.dtype, self.device = plan.layout.time, plan.layout.device
         self.t, self.index = (None, {}) if t is None else (t, {x: i for i, x in enumerate(plan.times)})
-        self.start, self.still = plan.times[0], {*plan.step_t, *plan.jump_t}
+        self.start, self.still, self.sign = plan.times[0], {*plan.step_t, *plan.jump_t}, plan.sign
         self.latest = None, None       # the end of a step is the start of the next
 
     def exact(self, x:float) -> Tensor:
@@ -102,17 +107,20 @@ def steepness(
     run = torch.linalg.vector_norm(difference.to(stages.dtype) @ stages[:-1])
     return torch.where(run > 0, rise / run, torch.zeros_like(run))
 
-# %% ../../nbs/ode/09_steps.ipynb #786cbe36
+# %% ../../nbs/ode/09_steps.ipynb #76b0f2cd
 class Carried:
     "What steppers that carry the last derivative over have in common."
-    fault = None
-    def __init__(self, plan:Plan, clock:Clock, stats:Stats, jumps=frozenset()):
+    fault, failed = None, False       # of an attempt, of each sample's
+    per_sample = False                # can each sample have a length of its own?
+    def __init__(self, plan:Plan, clock, stats:Stats, jumps=frozenset()):
         self.f, self.clock, self.stats, self.jumps = plan.f, clock, stats, jumps
-        self.sign, self.k, self.order = plan.sign, plan.k0, (plan.method.error_order or 0) + 1
+        self.sign, self.k, self.order = clock.sign, plan.k0, (plan.method.error_order or 0) + 1
         self.steep = []
 
     def inside(self, t:float, direction:float) -> float:
         "Which way to step off t, if f may jump there."
+        if not self.jumps: return 0.
+        if isinstance(t, Tensor): return torch.isin(t, torch.tensor(list(self.jumps)).to(t)) * direction * self.sign
         return direction * self.sign if t in self.jumps else 0.
 
     def ends(self, start:float, end:float) -> tuple:
@@ -124,6 +132,10 @@ class Carried:
         self.stats.f_evals += 1
         return self.f(tau, y)
 
+    def carry(self, new:Tensor, accepted) -> Tensor:
+        "The derivative at the end of the attempt, for those samples that go there."
+        return new if accepted is True else torch.where(accepted.view(-1, *[1] * (new.ndim - 1)), new, self.k)
+
     def advise(self, accepted:bool, factor:float) -> float:
         "No wish of its own."
         return factor
@@ -132,12 +144,13 @@ class Carried:
         "Forget the last derivative."
         self.k = None
 
-# %% ../../nbs/ode/09_steps.ipynb #cd1aaf6c
+# %% ../../nbs/ode/09_steps.ipynb #8ade7b17
 class ExplicitStepper(Carried):
     "Explicit Runge–Kutta steps along a plan; counts steps and evaluations of f."
+    per_sample = True
     def __init__(self, plan:Plan, clock:Clock, stats:Stats, jumps=frozenset(), differentiable:bool=False):
         super().__init__(plan, clock, stats, jumps)
-        self.stages = (StageList if differentiable else StageBuffer)(plan.method, plan.y0)
+        self.stages = (StageList if differentiable or plan.each is not None else StageBuffer)(plan.method, plan.y0)
         closed, self.c = plan.method.closed, plan.method.coefficients(plan.y0.dtype, plan.y0.device)
         self.n, self.dense, self.dense_needs_closing = len(self.c.rows), self.c.dense, any(closed.dense[-1])
         self.last = self.n if plan.grid is None and closed.b_error[-1] != 0 else self.n - 1
@@ -163,10 +176,11 @@ class ExplicitStepper(Carried):
 
     def accept(self, start:float, end:float, accepted=True):
         "Carry the last derivative over, unless f jumps here; now and then look at the stiffness."
-        self.stats.count_step(abs(end - start))
-        if self.stats.accepted % 25 == 5 and not self.open:
+        if accepted is True: self.stats.count_step(abs(end - start))
+        if accepted is True and self.stats.accepted % 25 == 5 and not self.open:
             self.steep.append(steepness(self.stages.stacked(), self.c.rows))
-        self.k = None if self.open or self.inside(end, 1.) else self.stages.latest
+        jump = self.jumps and (accepted is not True or self.inside(end, 1.))
+        self.k = None if self.open or jump else self.carry(self.stages.latest, accepted)
 
 # %% ../../nbs/ode/09_steps.ipynb #2257ccf7
 def goes_on(self, now:float) -> bool:
