@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-# %% ../../nbs/ode/00_base.ipynb #94a9526b
+# %% ../../nbs/ode/00_base.ipynb #a88b1dae
 @dataclass(frozen=True)
 class Layout:
     "How a state of any structure lies in one tensor, and back."
@@ -32,10 +32,8 @@ class Layout:
         "What the solver computes in: float32 for half precision, else the state's own type."
         return torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
 
-    @property
-    def time(self) -> torch.dtype:
-        "The real type in which f receives the time."
-        return torch.empty((), dtype=self.work).abs().dtype
+    time = property(lambda self: self.work.to_real())     # the real type in which f receives the time
+    flat_shape = property(lambda self: self.shapes[0] if self.plain else torch.Size([sum(s.numel() for s in self.shapes)]))
 
     def flatten(self, y) -> Tensor:
         "One tensor in working precision: a lone tensor as it is, else shape (sum of sizes,)."
@@ -44,11 +42,6 @@ class Layout:
     def join(self, leaves) -> Tensor:
         "The leaves of a structure, one after the other."
         return torch.cat([leaf.reshape(-1) for leaf in leaves])
-
-    @property
-    def flat_shape(self) -> torch.Size:
-        "Of the flat state."
-        return self.shapes[0] if self.plain else torch.Size([sum(shape.numel() for shape in self.shapes)])
 
     def unflatten(self, v:Tensor):
         "The structure again, in the state's own type; leading axes (times, samples) are kept."
@@ -151,7 +144,7 @@ class Status(IntEnum):
         "True if the solution reached where it was meant to go."
         return self in (Status.success, Status.terminated_by_event)
 
-# %% ../../nbs/ode/00_base.ipynb #9a8b5e23
+# %% ../../nbs/ode/00_base.ipynb #5c051f27
 CAUSE = {
     Status.success: "the solve reached the end of t",
     Status.max_steps: "the solve used up max_steps",
@@ -169,8 +162,8 @@ REMEDY = {
     Status.non_finite_state: "check y0 and the input of the model; if the steps are fixed, halve step_size",
     Status.non_finite_field: "look for log, sqrt or division of y in f, enormous parameters, or a solution that blows up; "
                              "shorten the steps with max_step or step_size",
-    Status.newton_failed: "f may jump or not be smooth here, or the step is too long: use an adaptive method or a smaller step_size, "
-                          "or try Implicit(method, jacobian='differences')",
+    Status.newton_failed: "f may jump or not be smooth here, or the step is too long: use an adaptive method or a smaller "
+                          "step_size, or try Implicit(method, jacobian='differences')",
     Status.non_finite_parameter: "training diverged before: lower the learning rate, clip gradients, restore good weights",
 }
 
@@ -240,7 +233,7 @@ def in_words(s:Stats) -> list:
         lines.append("Many steps were rejected: f may jump (name the times in jump_t) or be noisy beside rtol/atol.")
     return lines
 
-# %% ../../nbs/ode/00_base.ipynb #59603609
+# %% ../../nbs/ode/00_base.ipynb #c39e27bf
 @dataclass
 class Solution:
     "The answer of `solve`: states at the times `t`, how it ended, what it cost."
@@ -251,6 +244,7 @@ class Solution:
     failure: Failure|dict|None = None    # by sample, if every sample has its own steps
     dense: Callable|None = None     # time -> state, kept when asked for
     method: str = ''
+    events: list = field(default_factory=list)    # for each event function, when and where it was zero: .t and .y
 
     def __call__(self, t):
         "The state at any time inside the solve; t is a number or a tensor of any shape (it leads the result's shape)."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KAPPA', 'GAMMA', 'ALPHA', 'ERROR', 'NEWTON', 'RENEWALS', 'CAUTION', 'respaced', 'equal', 'powers', 'Backward',
-           'Corrector', 'known', 'BdfSteps', 'BdfStepper', 'bdf']
+           'direction', 'Corrector', 'known', 'BdfSteps', 'BdfStepper', 'bdf']
 
 # %% ../../nbs/ode/33_bdf.ipynb #b9972300
 import math
@@ -84,8 +84,12 @@ class Backward:
         "Go on from the new point."
         self.table, self.length, self.equal_steps = table, self.trial, self.equal_steps + 1
 
-# %% ../../nbs/ode/33_bdf.ipynb #e135484b
+# %% ../../nbs/ode/33_bdf.ipynb #66edc77a
 NEWTON, RENEWALS = 4, 20
+
+def direction(factor):
+    "As `iterate` asks for it."
+    return lambda z, r, rate, active: factor.solve(r)
 
 class Corrector:
     "Solves (2) by simplified Newton iterations."
@@ -104,8 +108,7 @@ class Corrector:
         residual = lambda d: d + psi - c * self.on_rows(tau, guess + d)
         for _ in range(2 if self.plan.grid is None else RENEWALS):
             if self.linear.J is None: self.linear.at(tau, guess + d)
-            divide = self.linear.factor(c).solve
-            found = iterate(residual, d, lambda z, r, rate, active: divide(r), norm, self.enough, NEWTON)
+            found = iterate(residual, d, direction(self.linear.factor(c)), norm, self.enough, NEWTON)
             self.iterations, d = found.iterations, found.z if self.plan.grid is not None else d
             if found.success: return found.z
             if not found.z.isfinite().all(): return None

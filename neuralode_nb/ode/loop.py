@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'Output', 'read_off', 'first_bad_sample', 'diagnose', 'Run', 'tell', 'stopped', 'steepest', 'joint_parts',
-           'march', 'late_failure']
+           'march', 'late_failure', 'finish']
 
 # %% ../../nbs/ode/10_loop.ipynb #da92364e
 import math
@@ -21,7 +21,7 @@ from .dense import DenseSolution, interpolate
 from .parameters import named_tensors
 from .steps import Adaptive, Clock, OnGrid, Plan
 
-# %% ../../nbs/ode/10_loop.ipynb #ea9fd638
+# %% ../../nbs/ode/10_loop.ipynb #d137e94e
 ROOM = 2**22   # numbers that may wait to be read off together
 
 class Output:
@@ -46,20 +46,14 @@ class Output:
             if self.waiting and stages.numel() * (inner - self.waiting[0][2]) > ROOM: self.flush()
         if last > inner: self.flush(); self.pieces.append(y1.expand(last - inner, *y1.shape))
 
-    def finish(self, plan:Plan, steps, last:tuple, failure:Failure|None, kept:list):
-        "Gather observations and cost."
-        self.flush()
-        if missing := len(plan.times) - self.at: self.pieces.append(last[1].expand(missing, *last[1].shape))
-        y, stats = torch.cat(self.pieces), self.stepper.stats
-        stats.stiffness = steepest(self.stepper)
-        failure = failure or late_failure(plan, self.stepper, y)
-        dense = DenseSolution(plan.layout, self.stepper.dense, self.kept) if self.kept else None
-        return Run(y, stats, failure, dense, kept, (self.at, last[0]))
-
     def flush(self):
         "Read off what waits."
         if self.waiting: self.pieces.append(read_off(self.waiting, self.clock, self.times, self.stepper.dense))
         self.waiting = []
+
+    def finish(self, *rest):
+        "Gather observations and cost."
+        return finish(self, *rest)
 
 # %% ../../nbs/ode/10_loop.ipynb #d5422159
 def read_off(waiting:list, clock:Clock, times:Tensor, dense:Tensor) -> Tensor:
@@ -131,7 +125,7 @@ def joint_parts(plan:Plan, t:Tensor|None, differentiable:bool, stats:Stats) -> t
     steps = Adaptive(plan, stepper, stops) if plan.grid is None else OnGrid(plan, stepper)
     return stepper, steps, Output(plan, clock, stepper)
 
-# %% ../../nbs/ode/10_loop.ipynb #e288760b
+# %% ../../nbs/ode/10_loop.ipynb #04082c0a
 def march(
     plan:Plan,
     t:Tensor|None=None,         # the user's t, if it is differentiated
@@ -152,13 +146,15 @@ def march(
         accepted = steps.judge(now, until, y1)
         tell(plan, 'callback_reject_step' if accepted is False else 'callback_accept_step', now, y, until)
         if accepted is False: continue
+        if plan.watch is not None: until, y1 = plan.watch(stepper, now, until, y, y1)
         if keep_steps: kept.append((now, until, y) if accepted is True else (now, until, y, accepted))
         output.take(now, until, y, y1, accepted)
         stepper.accept(now, until, accepted)
         now, y = steps.move(now, until, y, y1, accepted)
+        if plan.watch is not None and plan.watch.hit is not None: break
     return output.finish(plan, steps, (now, y), failure, kept)
 
-# %% ../../nbs/ode/10_loop.ipynb #7fd41877
+# %% ../../nbs/ode/10_loop.ipynb #628cd5d6
 @torch.no_grad()
 def late_failure(plan:Plan, stepper, y:Tensor) -> Failure|None:
     "Find what went wrong in a run that reached its end: y holds its observations."
@@ -169,3 +165,13 @@ def late_failure(plan:Plan, stepper, y:Tensor) -> Failure|None:
     failure.time = plan.times[first]
     if failure.sample is None: failure.sample = first_bad_sample(plan.layout, y[first])
     return failure
+
+def finish(output:Output, plan:Plan, steps, last:tuple, failure:Failure|None, kept:list) -> Run:
+    "Gather observations and cost."
+    output.flush()
+    if missing := len(plan.times) - output.at: output.pieces.append(last[1].expand(missing, *last[1].shape))
+    y, stats = torch.cat(output.pieces), output.stepper.stats
+    stats.stiffness = steepest(output.stepper)
+    failure = failure or late_failure(plan, output.stepper, y)
+    dense = DenseSolution(plan.layout, output.stepper.dense, output.kept) if output.kept else None
+    return Run(y, stats, failure, dense, kept, (output.at, last[0]))
