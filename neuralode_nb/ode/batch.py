@@ -22,7 +22,7 @@ from .parameters import touched
 from .sample import SampleClock, SampleLayout, sample_parts, wide
 from .steps import Plan
 
-# %% ../../nbs/ode/38_batch.ipynb #c62c26f2
+# %% ../../nbs/ode/38_batch.ipynb #70c0d510
 class SampleTimes(NamedTuple):
     "Times brought into order."
     each: Tensor        # (samples, times) float64, monotone rows; padding repeats the last time
@@ -53,6 +53,7 @@ def sample_times(
     t = torch.where(t.isnan(), t.gather(1, (~missing).sum(1, keepdim=True) - 1), t)
     return t, SampleTimes(t.detach(), order, missing)
 
+# %% ../../nbs/ode/38_batch.ipynb #27578052
 def in_user_order(y:Tensor, times:SampleTimes) -> Tensor:
     "Observations (times, samples, …) where the user asked for them; nan for padding."
     back = times.order.argsort(1).t()
@@ -60,7 +61,7 @@ def in_user_order(y:Tensor, times:SampleTimes) -> Tensor:
     if not times.missing.any(): return y
     return torch.where(times.missing.t().reshape(*back.shape, *[1] * (y.ndim - 2)), torch.nan, y)
 
-# %% ../../nbs/ode/38_batch.ipynb #7a6b2b7e
+# %% ../../nbs/ode/38_batch.ipynb #0bee2c98
 def each_norm(norm, layout:Layout):
     "The error norm of each sample: root mean square, the largest of the leaves'; or the user's, asked for one sample at a time."
     if norm is not None:
@@ -75,6 +76,7 @@ def one_sample(layout:Layout, x:Tensor, i:int):
     leaves = [leaf[i] for leaf in tree_leaves(layout.unflatten(x))]
     return torch.utils._pytree.tree_unflatten(leaves, layout.spec)
 
+# %% ../../nbs/ode/38_batch.ipynb #4267fa48
 def sample_layout(y0) -> SampleLayout:
     "The layout of a batch. Raises ValueError if there is no common first axis."
     layout = layout_of(y0)
@@ -86,10 +88,11 @@ def sample_layout(y0) -> SampleLayout:
 
 def sample_plan(plan:Plan, times:SampleTimes, norm, step_size) -> Plan:
     "A checked plan as one for each sample. Raises ValueError for what is not defined there."
-    if plan.keep_dense: raise ValueError("dense=True is not available with batch='sample': ask for more times in t, per sample if need be")
+    if plan.keep_dense:
+        raise ValueError("dense=True is not available with batch='sample': ask for more times in t, per sample if need be")
     if plan.options.get('no_samples') or not getattr(plan.stepper, 'per_sample', False):
-        raise ValueError(f"method={plan.method.name!r} cannot step per sample: use an explicit, a diagonally implicit or a Rosenbrock "
-                         "method, such as 'tsit5', 'kvaerno5' or 'rodas5p'")
+        raise ValueError(f"method={plan.method.name!r} cannot step per sample: use an explicit, a diagonally implicit or a "
+                         "Rosenbrock method, such as 'tsit5', 'kvaerno5' or 'rodas5p'")
     grid = None if plan.method.adaptive else 'times'
     if step_size is not None: grid = positive('step_size', step_size)
     if grid == 'times' and times.each.shape[1] == 2:
@@ -156,7 +159,7 @@ class SampleSolve(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, g, create_graph=True, allow_unused=True))
             return None, *[next(found) if x is not None and x.requires_grad else None for x in inputs]
 
-# %% ../../nbs/ode/38_batch.ipynb #71c57f96
+# %% ../../nbs/ode/38_batch.ipynb #fab9977f
 def backward_steps(job:Job, t:Tensor|None, tensors:list, g:Tensor) -> list:
     "Gradients for (y0, t, *tensors), one step's graph at a time."
     args, f = job.leaves(tensors)
@@ -183,6 +186,7 @@ def backward_steps(job:Job, t:Tensor|None, tensors:list, g:Tensor) -> list:
     given = iter(totals if t is None else totals[1:])
     return [y_bar + at_start, None if t is None else totals[0], *[next(given) if x.requires_grad else None for x in inputs]]
 
+# %% ../../nbs/ode/38_batch.ipynb #7dc352c1
 def march_samples(job:Job, t:Tensor|None, how:str) -> Run:
     "Solve a plan per sample so that its result carries a gradient, if anything asks for one."
     plan = job.plan

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUILDERS', 'METHODS', 'LATER', 'stepper_of', 'is_method', 'find_method', 'Implicit', 'unwrap']
 
-# %% ../../nbs/ode/36_catalogue.ipynb #caa71c1d
+# %% ../../nbs/ode/36_catalogue.ipynb #64cfeda4
 import difflib
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +14,16 @@ from .collocation import CollocationStepper, radau5
 from .implicit import DiagonalStepper, diagonal
 from .implicit_methods import IMPLICIT
 from .methods import TABLEAUS
+from .multistep import MULTISTEP
 from .rosenbrock import RosenbrockStepper
 from .rosenbrock_methods import ROSENBROCK, Rosenbrock
 from .steps import ExplicitStepper
 from .tableau import Tableau
 
-# %% ../../nbs/ode/36_catalogue.ipynb #07a65bc5
-BUILDERS = {**TABLEAUS, **IMPLICIT, 'radau5': radau5, **ROSENBROCK}     # name -> function that builds the method
+# %% ../../nbs/ode/36_catalogue.ipynb #ca4b97f6
+BUILDERS = {**TABLEAUS, **IMPLICIT, 'radau5': radau5, **ROSENBROCK, **MULTISTEP}     # name -> function that builds the method
 METHODS = tuple(BUILDERS)
-LATER = ('explicit_adams', 'implicit_adams', 'fixed_adams', 'adams', 'bdf', 'scipy_solver', 'auto')
+LATER = ('scipy_solver', 'auto')
 
 def stepper_of(method):
     "The class that takes this method's steps."

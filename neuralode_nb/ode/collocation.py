@@ -6,9 +6,9 @@
 __all__ = ['Modes', 'modes', 'ModeFactor', 'Radau', 'radau5', 'RadauError', 'slopes', 'stages', 'differentiable_stages',
            'Extrapolation', 'finish', 'polynomial', 'go_on', 'look_twice', 'forget', 'CollocationStepper']
 
-# %% ../../nbs/ode/26_collocation.ipynb #ce1e0e6c
+# %% ../../nbs/ode/26_collocation.ipynb #fbb081f5
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,16 +79,16 @@ class RadauError:
             err = factor.solve(rest + scale * stepper.on_rows(step.ends[0], step.rows + err))
         return equations.space.state(err).reshape(-1)
 
-# %% ../../nbs/ode/26_collocation.ipynb #a0627749
-def slopes(stepper, rows:Tensor) -> Tensor:
+# %% ../../nbs/ode/26_collocation.ipynb #5a687287
+def slopes(field:Callable, times:Tensor, rows:Tensor) -> Tensor:
     "f at every stage, (stages, n)."
-    return torch.cat([stepper.on_rows(tau, row[None]) for tau, row in zip(stepper.step.times, rows)])
+    return torch.cat([field(tau, row[None]) for tau, row in zip(times, rows)])
 
 def stages(stepper, guess:Tensor) -> Tensor|None:
     "Z of (1) by iteration, (stages, n), without a graph; None if there is no solution."
     step, equations, h, s = stepper.step, stepper.equations, stepper.step.plain, len(stepper.a)
     make = lambda J, h: ModeFactor(J, h, stepper.modes)
-    residual = lambda z: z - (h * stepper.a @ slopes(stepper, step.rows + z.view(s, -1))).view(1, -1)
+    residual = lambda z: z - (h * stepper.a @ slopes(stepper.on_rows, step.times, step.rows + z.view(s, -1))).view(1, -1)
     norm = lambda change, z: equations.norm(change.view(s, -1)).square().mean(0, keepdim=True).sqrt()
     z = root(equations, residual, guess.view(1, -1), lambda: equations.linear.factor(h, 'stages', make),
              lambda z: (step.ends[1], step.rows + z.view(s, -1)[-1:]), norm)
@@ -96,8 +96,8 @@ def stages(stepper, guess:Tensor) -> Tensor|None:
 
 def differentiable_stages(stepper, z:Tensor) -> Tensor:
     "The same Z as a function of y, t and whatever f depends on."
-    rows, h, s = stepper.step.rows, stepper.step.length, len(stepper.a)
-    equation = lambda y: y - (rows + h * stepper.a @ slopes(stepper, y.view(s, -1))).view(1, -1)
+    rows, h, s, times = stepper.step.rows, stepper.step.length, len(stepper.a), stepper.step.times
+    equation = lambda y: y - (rows + h * stepper.a @ slopes(stepper.on_rows, times, y.view(s, -1))).view(1, -1)
     return differentiable_root(equation, (rows + z).view(1, -1)).view(s, -1) - rows
 
 # %% ../../nbs/ode/26_collocation.ipynb #2d9bd6b0
@@ -145,7 +145,7 @@ def forget(self):
     restart(self)
     self.guess.before = None
 
-# %% ../../nbs/ode/26_collocation.ipynb #bd53d83e
+# %% ../../nbs/ode/26_collocation.ipynb #b3878b22
 class CollocationStepper(Carried):
     "Fully implicit Runge–Kutta steps: one system for all stages."
     def __init__(self, plan:Plan, clock, stats:Stats, jumps=frozenset(), differentiable:bool=False):
@@ -153,7 +153,7 @@ class CollocationStepper(Carried):
         kind = plan.y0.dtype, plan.y0.device
         self.table, self.modes, self.differentiable = numbers(plan.method, *kind), modes(plan.method, *kind), differentiable
         self.equations, self.dense, self.k1 = Equations(plan, stats, differentiable), self.table.dense, None
-        self.a, self.b = (torch.tensor(x).to(self.dense) for x in (self.table.a, self.table.b))
+        self.a, self.b = (torch.tensor(x, dtype=self.dense.dtype, device=self.dense.device) for x in (self.table.a, self.table.b))
         self.on_rows = self.equations.space.field(self.slope)
         self.guess, self.estimate = Extrapolation(self.table.nodes, self.dense), RadauError()
 

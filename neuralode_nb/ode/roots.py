@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-# %% ../../nbs/ode/19_roots.ipynb #97f6c8a4
+# %% ../../nbs/ode/19_roots.ipynb #44337649
 def rows(r:Tensor, z:Tensor) -> Tensor:
     "Jacobian of the recorded r = g(z), from the n unit cotangents."
     n, pull = z.shape[-1], partial(torch.autograd.grad, inputs=z, retain_graph=True, allow_unused=True)
@@ -43,7 +43,7 @@ def push(g:Callable, z:Tensor, v:Tensor) -> Tensor:
 
 def differences(g:Callable, z:Tensor) -> Tensor:
     "Jacobian by forward differences, a column at a time: n + 1 evaluations of g."
-    r, h = g(z), math.sqrt(torch.finfo(z.dtype).eps) * z.abs().clamp_min(1.)
+    r, h = g(z).clone(), math.sqrt(torch.finfo(z.dtype).eps) * z.abs().clamp_min(1.)
     found = torch.empty(*z.shape, z.shape[-1], dtype=z.dtype, device=z.device)
     for j in range(z.shape[-1]):
         shifted = z.clone()

@@ -17,7 +17,7 @@ from .linearize import Linearization, Rows, identity_minus, linearized, user_jac
 from .rosenbrock_methods import Transformed
 from .steps import Carried, Plan
 
-# %% ../../nbs/ode/27_rosenbrock.ipynb #e36584f2
+# %% ../../nbs/ode/27_rosenbrock.ipynb #923c3170
 def systems(stepper, tau:Tensor, rows:Tensor, gamma) -> tuple:
     "The division by I - hγJ, and df/dt; both with a graph where gradients are wanted."
     if stepper.differentiable:
@@ -29,11 +29,11 @@ def systems(stepper, tau:Tensor, rows:Tensor, gamma) -> tuple:
 
 def stages(form:Transformed, field:Callable, k:Tensor, rows:Tensor, times:Tensor, h, systems:tuple) -> list:
     "The u_i of (1); k is f at the start."
-    (divide, slope), us = systems, []
+    (divide, slope), gamma, us = systems, h * form.gamma, []
     for i, tau in enumerate(times):
         if i: k = field(tau, combine(rows, us, form.a[i], 1.))
         right = combine(k, us, form.c[i], 1 / h) + (form.slopes[i] * h) * slope
-        us.append(divide(h * form.gamma * right))
+        us.append(divide(gamma * right))
     return us
 
 # %% ../../nbs/ode/27_rosenbrock.ipynb #55ba83bd

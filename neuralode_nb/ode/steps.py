@@ -38,7 +38,7 @@ class Problem:
         "Of the direction of time."
         return math.copysign(1., self.times[-1] - self.times[0])
 
-# %% ../../nbs/ode/09_steps.ipynb #2d20f2dd
+# %% ../../nbs/ode/09_steps.ipynb #53a9d473
 @dataclass
 class Plan(Problem):
     "A solve that has been checked: what the loop works from."
@@ -65,6 +65,11 @@ class Plan(Problem):
     def samples(self) -> int:
         "How many rows the state has that know nothing of one another; 1 if they do."
         return 1 if self.each is None else len(self.y0)
+
+    @property
+    def one_step(self) -> bool:
+        "Can any single step be taken again?"
+        return getattr(self.stepper or ExplicitStepper, 'one_step', True)
 
     def begin(self, clock, stats, jumps=frozenset(), differentiable:bool=False):
         "A stepper for this plan."
@@ -117,11 +122,12 @@ def steepness(
     run = torch.linalg.vector_norm(difference.to(stages.dtype) @ stages[:-1])
     return torch.where(run > 0, rise / run, torch.zeros_like(run))
 
-# %% ../../nbs/ode/09_steps.ipynb #76b0f2cd
+# %% ../../nbs/ode/09_steps.ipynb #c537de4d
 class Carried:
     "What steppers that carry the last derivative over have in common."
     fault, failed = None, False       # of an attempt, of each sample's
     per_sample = False                # can each sample have a length of its own?
+    one_step = True                   # does a step depend on its start alone?
     def __init__(self, plan:Plan, clock, stats:Stats, jumps=frozenset()):
         self.f, self.clock, self.stats, self.jumps = plan.f, clock, stats, jumps
         self.sign, self.k, self.order = clock.sign, plan.k0, (plan.method.error_order or 0) + 1
