@@ -73,7 +73,7 @@ def flat_field(
         return layout.join([received(k, s, layout) for k, s in zip(leaves, layout.shapes)])
     return structured
 
-# %% ../../nbs/ode/14_checks.ipynb #5ed2f23e
+# %% ../../nbs/ode/14_checks.ipynb #7725c180
 def check_times(
     t,  # 1-d floating tensor, or a sequence of numbers
 )->tuple:  # (float64 numbers on the host, tensor)
@@ -81,8 +81,8 @@ def check_times(
     t = as_times(t)
     if not t.is_floating_point(): raise TypeError(f"t has dtype {t.dtype}: use a floating point tensor, t.double()")
     if t.ndim != 1 or not len(t):
-        raise ValueError(f"t has shape {tuple(t.shape)}: it must be one-dimensional with at least one time (times per "
-                         "sample are for batch='sample', which this version does not have)")
+        raise ValueError(f"t has shape {tuple(t.shape)}: it must be one-dimensional with at least one time; times for each "
+                         "sample are for batch='sample'")
     times = t.detach().double().tolist()
     if bad := [x for x in times if not math.isfinite(x)]: raise ValueError(f"t holds {bad[0]}: times must be finite")
     sign = math.copysign(1., times[-1] - times[0])

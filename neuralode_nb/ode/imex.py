@@ -25,7 +25,7 @@ from .roots import differentiable_root, iterate
 from .steps import Carried, Plan
 from .tableau import Tableau, nearest
 
-# %% ../../nbs/ode/28_imex.ipynb #1e0833d5
+# %% ../../nbs/ode/28_imex.ipynb #a01e910d
 def both(e:Tensor, s:Tensor) -> Tensor:
     "The sum of two derivatives of one shape. Raises ValueError."
     if getattr(e, 'shape', None) != getattr(s, 'shape', None):
@@ -44,13 +44,13 @@ class Split(torch.nn.Module):
             if not callable(part): raise TypeError(f"Split({name}={part!r}) must be callable as f(t, y)")
         self.explicit, self.stiff = explicit, stiff
 
-    parts = property(lambda self: (self.explicit, self.stiff))
+    summands = property(lambda self: (self.explicit, self.stiff))
 
     def forward(self, t, y, *args):
         "The sum, in the state's own structure."
         return tree_map(both, self.explicit(t, y, *args), self.stiff(t, y, *args))
 
-# %% ../../nbs/ode/28_imex.ipynb #58bd50f0
+# %% ../../nbs/ode/28_imex.ipynb #ab9ae862
 @lru_cache(maxsize=64)
 def explicit_rows(tableau:Tableau, dtype:torch.dtype) -> list:
     "$a^E$, each entry rounded once."
@@ -58,7 +58,7 @@ def explicit_rows(tableau:Tableau, dtype:torch.dtype) -> list:
 
 def flat_parts(plan:Plan) -> tuple:
     "Both parts of the plan's field on the flat state. Raises TypeError for a field that is in one piece."
-    parts = getattr(plan.f, 'parts', ())
+    parts = getattr(plan.f, 'summands', ())
     if len(parts) == 2: return parts
     raise TypeError(f"method={plan.method.name!r} needs a field in two parts: write f = Split(explicit, stiff), two functions "
                     "(t, y) whose sum is dy/dt, with Split from neuralode_nb.ode.imex; or use 'kvaerno5' for a field in one "

@@ -31,7 +31,7 @@ def share(rtol, dtype:torch.dtype, part:float=1.) -> float:
     smallest = max(float(rtol.min()) if isinstance(rtol, Tensor) else rtol, 1e-14)
     return max(10 * torch.finfo(dtype).eps / smallest, part * min(.03, smallest**.5))
 
-# %% ../../nbs/ode/25_implicit.ipynb #c79a260b
+# %% ../../nbs/ode/25_implicit.ipynb #84328442
 SLOW = .05     # ρ above which a new Jacobian pays
 RENEWALS = 20  # of the Jacobian in a step of fixed length
 
@@ -41,7 +41,7 @@ class Equations:
         self.space, self.each, self.fixed = Rows(plan.y0, plan.samples), plan.each is not None, plan.grid is not None
         self.linear = Linearization(self.space.field(plan.f), stats, user_jacobian(plan, self.space))
         self.rtol, self.atol = self.space.like_rows(plan.rtol), self.space.like_rows(plan.atol)
-        self.enough = share(plan.rtol, plan.y0.dtype.to_real(), 1e-3 if differentiable else 1.)
+        self.enough, self.failed = share(plan.rtol, plan.y0.dtype.to_real(), 1e-3 if differentiable else 1.), False
 
     def begin(self, tau:Tensor, rows:Tensor):
         "What a step from here allows as an error, and a Jacobian."
