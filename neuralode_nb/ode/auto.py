@@ -32,10 +32,10 @@ def spectral_radius(J:Tensor) -> Tensor:
         power, log = power / size[:, None, None], 2 * log + size.log()
     return (log / 16).exp().max()
 
-# %% ../../nbs/ode/41_auto.ipynb #c14bd0f4
+# %% ../../nbs/ode/41_auto.ipynb #6bf191e8
 EVERY = 2              # steps between two looks
-NEAR, SIGNS = 2.6, 6   # |hλ| that is a sign of stiffness, and how many of them it takes
-CALM, QUIET = 1., 4    # hρ(J) that is a sign of its end, and how many of them in a row it takes
+NEAR, SIGNS = 1.5, 6   # |hλ| that is a sign of stiffness, and how many of them it takes
+CALM, QUIET = .7, 4    # hρ(J) that is a sign of its end, and how many of them in a row it takes
 LARGEST = 1000         # numbers in a state for which an n × n Jacobian is still reasonable
 STIFF_METHODS = {**IMPLICIT, **ROSENBROCK}
 

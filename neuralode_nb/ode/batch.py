@@ -6,7 +6,7 @@
 __all__ = ['SampleTimes', 'sample_times', 'in_user_order', 'each_norm', 'one_sample', 'sample_layout', 'sample_plan', 'Retrace',
            'all_steps', 'SampleSolve', 'backward_steps', 'march_samples']
 
-# %% ../../nbs/ode/38_batch.ipynb #2ee76510
+# %% ../../nbs/ode/38_batch.ipynb #e86d3120
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .base import Layout, Stats, Status, layout_of
+from .base import Layout, Stats, layout_of
 from .checkpoint import Job, add
 from .checks import as_times, positive
 from .loop import Run, march

@@ -5,23 +5,26 @@
 # %% auto #0
 __all__ = ['BUILDERS', 'METHODS', 'LATER', 'stepper_of', 'is_method', 'find_method', 'Implicit', 'unwrap']
 
-# %% ../../nbs/ode/36_catalogue.ipynb #64cfeda4
+# %% ../../nbs/ode/36_catalogue.ipynb #927f2348
 import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from .collocation import CollocationStepper, radau5
+from .imex import IMEX_METHODS
 from .implicit import DiagonalStepper, diagonal
 from .implicit_methods import IMPLICIT
 from .methods import TABLEAUS
 from .multistep import MULTISTEP
+from .reversible import STRUCTURED
 from .rosenbrock import RosenbrockStepper
 from .rosenbrock_methods import ROSENBROCK, Rosenbrock
 from .steps import ExplicitStepper
 from .tableau import Tableau
 
-# %% ../../nbs/ode/36_catalogue.ipynb #ca4b97f6
-BUILDERS = {**TABLEAUS, **IMPLICIT, 'radau5': radau5, **ROSENBROCK, **MULTISTEP}     # name -> function that builds the method
+# %% ../../nbs/ode/36_catalogue.ipynb #c44456f1
+BUILDERS = {**TABLEAUS, **IMPLICIT, 'radau5': radau5, **ROSENBROCK, **MULTISTEP, **IMEX_METHODS,
+            **STRUCTURED}     # name -> function that builds the method
 METHODS = tuple(BUILDERS)
 LATER = ('scipy_solver', 'auto')
 

@@ -42,7 +42,7 @@ def received(k, shape:torch.Size, layout:Layout) -> Tensor:
         raise ValueError(f"f returned a tensor on {k.device}, but y0 is on {layout.device}: move one")
     return k.to(layout.work)     # from autocast, or from half precision
 
-# %% ../../nbs/ode/14_checks.ipynb #427e0fcb
+# %% ../../nbs/ode/14_checks.ipynb #140e25e5
 def keep_autocast(f:Callable, device:torch.device) -> Callable:
     "f under the autocast that holds now, also when it is called later or with autocast off."
     kind = device.type
@@ -51,6 +51,7 @@ def keep_autocast(f:Callable, device:torch.device) -> Callable:
     def cast(*inputs):
         # no cache of cast weights: one that is filled without a graph would lack its gradient later
         with torch.autocast(kind, dtype, cache_enabled=False): return f(*inputs)
+    cast.summands = tuple(keep_autocast(part, device) for part in getattr(f, 'summands', ()))
     return cast
 
 def flat_field(
@@ -59,18 +60,21 @@ def flat_field(
     more:tuple=(),  # (args,) if there are any
 )->Callable:        # (t, flat y) -> flat derivative
     "f as the loop calls it."
+    parts = tuple(flat_field(part, layout, more) for part in getattr(f, 'summands', ()))    # of a field that is a sum
     if layout.plain:
         shape, kind, same = layout.shapes[0], (layout.work, layout.device), layout.work == layout.dtype
         def plain(t, y):
             k = f(t, y if same else y.to(layout.dtype), *more)
             fine = isinstance(k, Tensor) and k.shape == shape and (k.dtype, k.device) == kind
             return k if fine else received(k, shape, layout)
+        plain.summands = parts
         return plain
     def structured(t, y):
         leaves, spec = tree_flatten(f(t, layout.unflatten(y), *more))
         if spec != layout.spec:
             raise ValueError(f"f returned structure {spec} for a state of structure {layout.spec}: they must match")
         return layout.join([received(k, s, layout) for k, s in zip(leaves, layout.shapes)])
+    structured.summands = parts
     return structured
 
 # %% ../../nbs/ode/14_checks.ipynb #7725c180

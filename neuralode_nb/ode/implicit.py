@@ -59,7 +59,7 @@ class Equations:
         "Drop a Jacobian with which the iterations were slow; a sample's own must not be a neighbour's choice."
         if self.rate > SLOW or self.each or jump: self.linear.J = None
 
-# %% ../../nbs/ode/25_implicit.ipynb #30a640a2
+# %% ../../nbs/ode/25_implicit.ipynb #e3a60bd9
 def root(
     equations:Equations,
     residual:Callable,          # z -> what should be zero
@@ -71,7 +71,7 @@ def root(
     "A root by simplified Newton iterations; None if there is none near. Samples fail apart, and are marked."
     while True:
         divide = factor().solve
-        direction = lambda z, r, rate, active: divide(r)
+        direction = lambda z, r, rate, active, divide=divide: divide(r)
         found = iterate(residual, z, direction, norm or equations.norm, equations.enough, ITERATIONS)
         if equations.each:
             equations.failed = equations.failed | ~found.converged

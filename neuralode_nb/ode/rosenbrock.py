@@ -54,7 +54,7 @@ def accept(self, start:float, end:float, accepted=True):
     if accepted is True: self.stats.count_step(abs(end - start))
     self.restart()
 
-# %% ../../nbs/ode/27_rosenbrock.ipynb #770aae48
+# %% ../../nbs/ode/27_rosenbrock.ipynb #ac8443f3
 class RosenbrockStepper(Carried):
     "Rosenbrock steps; one Jacobian and one factorization for each."
     per_sample = True
@@ -62,7 +62,8 @@ class RosenbrockStepper(Carried):
         super().__init__(plan, clock, stats, jumps)
         self.differentiable, self.space, self.form = differentiable, Rows(plan.y0, plan.samples), plan.method.transformed
         number = dict(dtype=plan.layout.time, device=plan.y0.device)
-        self.nodes, self.dense = torch.tensor(self.form.nodes, **number), torch.tensor(self.form.dense or HERMITE, **number)
+        nodes = [1. if abs(c - 1) < 1e-12 else c for c in self.form.nodes]     # printed digits must not step over a jump
+        self.nodes, self.dense = torch.tensor(nodes, **number), torch.tensor(self.form.dense or HERMITE, **number)
         self.field = self.space.field(self.f)
         self.linear = Linearization(self.field, stats, user_jacobian(plan, self.space))
 
