@@ -52,12 +52,12 @@ def find_method(method):
     raise ValueError(f"method={method!r} is not known{f'; did you mean {close[0]!r}?' if close else ':'} "
                      f"use one of {', '.join(sorted(METHODS))}")
 
-# %% ../../nbs/ode/36_catalogue.ipynb #f725c67f
+# %% ../../nbs/ode/36_catalogue.ipynb #7c55c5d6
 @dataclass(frozen=True)
 class Implicit:
     "method=Implicit(...): a method that solves equations, with settings for that."
     method: Any = 'kvaerno5'       # a name, or an implicit Tableau
-    jacobian: Any = 'autograd'     # 'autograd', 'differences', or a function (t, y) -> dy'/dy for one sample
+    jacobian: Any = 'autograd'     # 'autograd', 'differences', or a function (t, y) -> matrix; of all samples if batch='sample'
 
     def __post_init__(self):
         "Raises ValueError or TypeError."

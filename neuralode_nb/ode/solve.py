@@ -108,7 +108,7 @@ def refuse_dense(plan:Plan, gradient:str, t, *inputs):
         raise ValueError(f"dense=True gives a differentiable function of time only with gradient='direct', not "
                          f"{gradient!r}: use that, or solve under torch.no_grad()")
 
-# %% ../../nbs/ode/15_solve.ipynb #3fccaa24
+# %% ../../nbs/ode/15_solve.ipynb #74fea151
 def check_batch(batch) -> bool:
     "Has every sample its own steps? Raises ValueError for what is neither."
     if batch in ('joint', 'sample'): return batch == 'sample'
@@ -121,7 +121,7 @@ def solve_samples(f, y0, t, method, gradient:str, step_size, throw:bool, events,
     if events is not None: raise ValueError("events are not available with batch='sample': solve sample by sample, or jointly")
     layout = sample_layout(y0)
     times, order = sample_times(t, layout.shapes[0][0])
-    hull = [float(order.each[:, 0].min()), float(order.each[:, 0].max())]
+    hull = [float(order.each[:, 0].min()), float(order.each[:, 0].max())] if len(order.each) else [0., 0.]
     plan, tensors = make_plan(f, y0, hull, method, lambda *_: None, **{**given, 'norm': None}, layout=layout)
     plan = sample_plan(plan, order, given['norm'], step_size)
     with torch.autocast(plan.layout.device.type, enabled=False):
