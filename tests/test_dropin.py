@@ -437,7 +437,8 @@ def test_learning_physics_with_events():
             force, scale = nn.Linear(1, 1), nn.Parameter(torch.tensor(10.))
             class Dynamics(nn.Module):
                 def __init__(self): super().__init__(); self.force, self.scale = force, scale
-                def forward(self, t, state): return state[1], -torch.tanh(1 + self.force(torch.zeros_like(state[1]))**2) * self.scale
+                def forward(self, t, state):
+                    return state[1], -torch.tanh(1 + self.force(torch.zeros_like(state[1]))**2) * self.scale
             t, state = torch.tensor(0.), (nn.Parameter(torch.tensor([10.])), nn.Parameter(torch.tensor([0.])))
             start, times, heights, dynamics = state, [], [], Dynamics()
             for _ in range(3):

@@ -36,13 +36,15 @@ def test_fixed_steps_land_on_events_too(method, step):
 @pytest.mark.parametrize("way", [1, -1])
 @pytest.mark.parametrize("direction, times", [(0, [1, 2, 3]), (1, [2]), (-1, [1, 3])])
 def test_direction_is_that_of_g_along_the_solve(direction, times, way):
-    sol = solve(turn, start(0., 1.), [0., 10. * way], rtol=1e-9, events=Event(lambda t, y: way * y[0], direction, terminal=False))
+    zero = Event(lambda t, y: way * y[0], direction, terminal=False)
+    sol = solve(turn, start(0., 1.), [0., 10. * way], rtol=1e-9, events=zero)
     assert sol.status is Status.success
     assert torch.allclose(sol.events[0].t, way * math.pi * start(*times), atol=1e-7)
 
 
 def test_several_functions_first_come_first():
-    sol = solve(turn, start(0., 1.), [0., 20.], events=[Event(lambda t, y: y[0], terminal=False), lambda t, y: t - 7., lambda t, y: y[0] - 5])
+    events = [Event(lambda t, y: y[0], terminal=False), lambda t, y: t - 7., lambda t, y: y[0] - 5]
+    sol = solve(turn, start(0., 1.), [0., 20.], events=events)
     assert [len(e) for e in sol.events] == [2, 1, 0] and sol.events[2].y.shape == (0, 2)
     assert abs(sol.events[1].t[0] - 7) < 1e-12 and sol.t[-1] == 20
     assert torch.equal(sol.y[-1], sol.events[1].y[0])        # what was not reached repeats the state at the event
@@ -50,8 +52,8 @@ def test_several_functions_first_come_first():
 
 def ball(gravity, rest, height, until, **options):
     floor = Event(lambda t, y: y[0], -1, jump=lambda t, y: torch.stack([0 * y[0], -rest * y[1]]))
-    return solve(lambda t, y: torch.stack([y[1], -gravity + 0 * y[0]]), torch.stack([height, 0 * height]), [0., until], events=floor,
-                 **options)
+    fall = lambda t, y: torch.stack([y[1], -gravity + 0 * y[0]])
+    return solve(fall, torch.stack([height, 0 * height]), [0., until], events=floor, **options)
 
 
 def test_thirty_bounces():
@@ -68,7 +70,7 @@ def test_bounce_times_are_differentiable(gradient):
     sol = last(*inputs)
     for pick in (lambda s: s.events[0].t[-1], lambda s: s.y[-1].sum(), lambda s: s.events[0].y[-1, 1]):
         found = torch.autograd.grad(pick(sol), inputs, retain_graph=True)
-        for i, (x, slope) in enumerate(zip(inputs, found)):
+        for i, slope in enumerate(found):
             shift = [torch.where(torch.arange(3) == i, 1e-5, 0.).double()[k] for k in range(3)]
             with torch.no_grad():
                 up, down = (pick(last(*[y + s * e for y, e in zip(inputs, shift)])) for s in (1, -1))
@@ -107,7 +109,8 @@ def test_what_is_no_event_is_said(events, words):
 
 def test_combinations_that_are_not_defined_are_refused():
     for changes, words in (({"dense": True}, "dense=True"), ({"batch": "sample"}, "events are not available")):
-        with pytest.raises(ValueError, match=words): solve(turn, torch.eye(2).double(), [0., 1.], events=lambda t, y: y[0, 0], **changes)
+        with pytest.raises(ValueError, match=words):
+            solve(turn, torch.eye(2).double(), [0., 1.], events=lambda t, y: y[0, 0], **changes)
 
 
 def test_a_function_that_touches_zero_has_no_gradient_and_says_so():
@@ -125,8 +128,8 @@ def test_odeint_event_is_torchdiffeqs(interface, reverse):
         func = torch.nn.Module()
         func.gravity = torch.nn.Parameter(gravity)
         func.forward = lambda t, y: (y[1], -func.gravity + 0 * y[0])
-        t, (h, v) = event(func, (height, 0 * height), torch.tensor(0., dtype=DTYPE), event_fn=lambda t, y: y[0], reverse_time=reverse,
-                          odeint_interface=odeint, method="dopri5", rtol=1e-10, atol=1e-10)
+        t, (h, v) = event(func, (height, 0 * height), torch.tensor(0., dtype=DTYPE), event_fn=lambda t, y: y[0],
+                          reverse_time=reverse, odeint_interface=odeint, method="dopri5", rtol=1e-10, atol=1e-10)
         return t, h, v, *torch.autograd.grad(t + v[-1], [height, func.gravity])
     ours = run(odeint_event, {"odeint": odeint, "odeint_adjoint": odeint_adjoint}[interface])
     for mine, theirs in zip(ours, run(torchdiffeq.odeint_event, getattr(torchdiffeq, interface))):
@@ -134,8 +137,8 @@ def test_odeint_event_is_torchdiffeqs(interface, reverse):
 
 
 def test_odeint_event_with_fixed_steps_goes_on_until_it_happens():
-    t, states = odeint_event(lambda t, y: torch.ones_like(y), start(0.), torch.tensor(0.), event_fn=lambda t, y: y - 7.25, method="rk4",
-                             options={"step_size": 0.005})
+    t, states = odeint_event(lambda t, y: torch.ones_like(y), start(0.), torch.tensor(0.), event_fn=lambda t, y: y - 7.25,
+                             method="rk4", options={"step_size": 0.005})
     assert abs(t - 7.25) < 1e-9 and states.shape == (2, 1)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from neuralode_nb import PID, Adjoint, SolveError, Status, Tableau, odeint, odeint_adjoint, solve
+from neuralode_nb import PID, Adjoint, SolveError, Status, Tableau, odeint, solve
 from neuralode_nb.ode.methods import TABLEAUS, find_tableau
 
 EXPLICIT = tuple(TABLEAUS)
@@ -66,7 +66,7 @@ MISUSE = {  # what: (arguments that differ from a good solve, error, words of th
     "tolerance that requires grad": (dict(rtol=torch.ones(1, requires_grad=True)), ValueError, ["rtol", "detach()"]),
     "unknown gradient": (dict(gradient="backprop"), ValueError, ["gradient='backprop'", "checkpoint"]),
     "gradient of a later version": (dict(gradient="reversible"), ValueError, ["gradient='reversible'"]),
-    "batch of a later version": (dict(batch="sample"), ValueError, ["batch='sample'", "joint"]),
+    "unknown batch": (dict(batch="each"), ValueError, ["batch='each'", "joint", "sample"]),
     "unknown controller": (dict(controller="pie"), ValueError, ["controller='pie'", "'pi'"]),
     "controller that is none": (dict(controller=3), TypeError, ["controller=3", "init()"]),
     "step_size zero": (dict(step_size=0.), ValueError, ["step_size=0", "positive"]),

@@ -223,7 +223,7 @@ class SampleSteps:
 
     move = move
 
-# %% ../../nbs/ode/37_sample.ipynb #92bad6dc
+# %% ../../nbs/ode/37_sample.ipynb #73c3cd6a
 @torch.no_grad()
 def cause(plan:Plan, stepper, failure:Failure, last:tuple) -> Failure:
     "Look at parameters, state and f for what is not finite, and name it."
@@ -240,7 +240,7 @@ def finish(self, plan:Plan, steps, last:tuple, failure, kept:list) -> Run:
     "All observations; where a sample did not get, its last state."
     where, failures = tuple(torch.cat(parts) for parts in zip(*self.at)), steps.fates.failures
     y = last[1].expand(plan.each.shape[1], *last[1].shape).index_put(where, torch.cat(self.pieces))
-    lost = (~y.detach().reshape(len(y), y.shape[1], -1).isfinite().all(-1)).any(0)
+    lost = (~y.detach().isfinite().flatten(2).all(-1) if y.ndim > 2 else ~y.detach().isfinite()).any(0)
     for i in lost.nonzero()[:, 0].tolist():
         failures.setdefault(i, Failure(Status.non_finite_state, float(last[0][i]), 0., i))
     failures = {i: cause(plan, self.stepper, f, last) for i, f in sorted(failures.items())}

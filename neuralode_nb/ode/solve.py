@@ -146,12 +146,12 @@ def run_events(plan:Plan, tensors:list, t, events, gradient:str, own:Adjoint, th
     if run.failure is not None and throw: raise SolveError(run.failure, solution)
     return solution
 
-# %% ../../nbs/ode/15_solve.ipynb #09b4309a
+# %% ../../nbs/ode/15_solve.ipynb #ed9d8b4a
 def refuse_implicit_adjoint(plan:Plan):
     "The adjoint equation, with a number for each parameter, is too large for a Jacobian. Raises ValueError."
     if plan.stepper is not ExplicitStepper:
-        raise ValueError(f"gradient='adjoint' cannot run backward with method={plan.method.name!r}: name an explicit method for that, "
-                         "Adjoint(method='tsit5'), or use gradient='checkpoint' or 'direct'")
+        raise ValueError(f"gradient='adjoint' cannot run backward with method={plan.method.name!r}: name an explicit method "
+                         "for that, Adjoint(method='tsit5'), or use gradient='checkpoint' or 'direct'")
 
 def run_plan(
     plan:Plan, tensors:list, t, gradient, params=None, throw:bool=True, block_norm=None, backward=None, callbacks=None,
