@@ -37,7 +37,7 @@ class Advice:
         head = f"method={self.method!r}, batch={self.batch!r}, gradient={self.gradient!r}"
         return '\n'.join([head, *[f"- {reason}" for reason in self.reasons]])
 
-# %% ../../nbs/ode/42_advice.ipynb #641b9a38
+# %% ../../nbs/ode/42_advice.ipynb #35492709
 @dataclass
 class Look:
     "What the other questions are asked about."
@@ -52,6 +52,7 @@ class Look:
     numbers: int
     samples: int         # along the first axis of a single tensor with at least two
 
+# %% ../../nbs/ode/42_advice.ipynb #48bdf463
 @torch.no_grad()
 def look(f, y0, t, rtol, atol, args, budget:int, seconds:float) -> Look:
     "Solve for a while. Raises TypeError or ValueError as `solve` does."

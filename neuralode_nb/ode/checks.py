@@ -42,7 +42,7 @@ def received(k, shape:torch.Size, layout:Layout) -> Tensor:
         raise ValueError(f"f returned a tensor on {k.device}, but y0 is on {layout.device}: move one")
     return k.to(layout.work)     # from autocast, or from half precision
 
-# %% ../../nbs/ode/14_checks.ipynb #140e25e5
+# %% ../../nbs/ode/14_checks.ipynb #0906cbef
 def keep_autocast(f:Callable, device:torch.device) -> Callable:
     "f under the autocast that holds now, also when it is called later or with autocast off."
     kind = device.type
@@ -54,6 +54,7 @@ def keep_autocast(f:Callable, device:torch.device) -> Callable:
     cast.summands = tuple(keep_autocast(part, device) for part in getattr(f, 'summands', ()))
     return cast
 
+# %% ../../nbs/ode/14_checks.ipynb #f332e2e6
 def flat_field(
     f:Callable,     # (t, y) or (t, y, args), in the user's structure
     layout:Layout,

@@ -18,7 +18,7 @@ from .base import Layout, Stats, Status
 from .control import Stops, first_step
 from .explicit import StageBuffer, StageList, explicit_step, stage_times
 
-# %% ../../nbs/ode/09_steps.ipynb #ad445995
+# %% ../../nbs/ode/09_steps.ipynb #f00e481d
 @dataclass
 class Problem:
     "What is solved, by which method, to which tolerance."
@@ -32,19 +32,19 @@ class Problem:
     norm: Callable|None = None   # flat tensor -> host number
     controller: Any = None       # init, next
     grid: Callable|None = None   # times -> times of the steps; None: adaptive
+    first_step: float|None = None
+    min_step: float = 0.
+    max_step: float = math.inf
 
     @property
     def sign(self) -> float:
         "Of the direction of time."
         return math.copysign(1., self.times[-1] - self.times[0])
 
-# %% ../../nbs/ode/09_steps.ipynb #53a9d473
+# %% ../../nbs/ode/09_steps.ipynb #6bf9c7b3
 @dataclass
 class Plan(Problem):
     "A solve that has been checked: what the loop works from."
-    first_step: float|None = None
-    min_step: float = 0.
-    max_step: float = math.inf
     step_t: tuple = ()           # times to land on
     jump_t: tuple = ()           # times at which f jumps
     max_steps: int = 100_000
