@@ -7,7 +7,7 @@ __all__ = ['SHARED', 'ADAPTIVE', 'FIXED', 'ORDERS', 'GAINS', 'NAMES', 'CHUNK', '
            'plan_from', 'callbacks_of', 'first_event', 'odeint_event', 'odeint', 'backward_options', 'odeint_adjoint',
            'odeint_dense']
 
-# %% ../../nbs/ode/16_compat.ipynb #e65aa986
+# %% ../../nbs/ode/16_compat.ipynb #2d43890e
 import math
 from dataclasses import replace
 from functools import lru_cache
@@ -18,22 +18,22 @@ from torch import Tensor
 
 from .control import PID
 from .base import Failure, SolveError, Status
-from .catalogue import find_method
+from .catalogue import BUILDERS, find_method, stepper_of
 from .checkpoint import Job
 from .checks import check_grid, gaps
 from .events import Event, EventRun
-from .multistep import MULTISTEP
 from .solve import make_plan, run_plan
-from .steps import Plan
+from .steps import ExplicitStepper, Plan
 from .tableau import Tableau
 
-# %% ../../nbs/ode/16_compat.ipynb #6629aff1
+# %% ../../nbs/ode/16_compat.ipynb #9af38eea
 SHARED = {'norm', 'max_num_steps'}
 ADAPTIVE = SHARED | {'first_step', 'min_step', 'max_step', 'step_t', 'jump_t', 'grid_points', 'safety', 'ifactor',
                      'dfactor', 'dtype'}
 FIXED = SHARED | {'step_size', 'grid_constructor', 'interp', 'perturb'}
 
-ORDERS = {'explicit_adams': {'max_order'}, 'implicit_adams': {'max_order', 'max_iters'}}    # settings of the method itself
+ORDERS = {'explicit_adams': {'max_order'}, 'implicit_adams': {'max_order', 'max_iters'},
+          'scipy_solver': {'solver'}}    # settings of the method itself
 GAINS = {'safety': 'safety', 'shrink': 'dfactor', 'grow': 'ifactor'}
 
 def check_options(tableau, options, name:str='options') -> dict:
@@ -69,13 +69,13 @@ def grid_from(constructor:Callable, f, y0, t:Tensor) -> Callable:
         return [times[0], *inner, times[-1]]
     return grid
 
-# %% ../../nbs/ode/16_compat.ipynb #e5e03888
+# %% ../../nbs/ode/16_compat.ipynb #71bfba47
 def plan_from(func, y0, t, rtol, atol, method, options, name:str='options') -> tuple:
     "(plan, tensors in args: none) from torchdiffeq's arguments."
     tableau = find_method('dopri5' if method is None else method)
     if method == 'trbdf2': tableau = between(tableau, 'linear')       # on a grid there, with no error estimate
     o = check_options(tableau, options, name)
-    if own := {n: o[n] for n in ORDERS.get(tableau.name, ()) if n in o}: tableau = MULTISTEP[tableau.name](**own)
+    if own := {n: o[n] for n in ORDERS.get(tableau.name, ()) if n in o}: tableau = BUILDERS[tableau.name](**own)
     if isinstance(tableau, Tableau) and not tableau.adaptive: tableau = between(tableau, o.get('interp', 'linear'))
     limit = int(o.get('max_num_steps', 1_000_000))
     def grid(tableau, times, max_steps):
@@ -84,8 +84,8 @@ def plan_from(func, y0, t, rtol, atol, method, options, name:str='options') -> t
         return None if tableau.adaptive else gaps
     jumps = o.get('jump_t') if o.get('grid_points') is None else o['grid_points']
     gains = {ours: float(o[theirs]) for ours, theirs in GAINS.items() if theirs in o}
-    plan, tensors = make_plan(func, y0, t, tableau, grid, rtol, atol, controller=PID(**gains), norm=o.get('norm'),
-                              first_step=o.get('first_step'), min_step=o.get('min_step', 0.), step_t=o.get('step_t'),
+    plan, tensors = make_plan(func, y0, t, tableau, grid, rtol, atol, controller=PID(**gains) if gains else None,
+                              norm=o.get('norm'), first_step=o.get('first_step'), min_step=o.get('min_step', 0.), step_t=o.get('step_t'),
                               max_step=o.get('max_step', math.inf), jump_t=jumps, max_steps=limit)
     if o.get('perturb'): plan = replace(plan, jump_t=tuple(plan.grid(plan.times)))     # evaluate just inside each step
     return replace(plan, callbacks=callbacks_of(func, plan)), tensors
@@ -164,7 +164,7 @@ def backward_options(method, options, adjoint_method, adjoint_options) -> tuple:
         raise ValueError(f"adjoint_options['norm']={norm!r} must be 'seminorm' or a function")
     return own | ({'norm': options['norm']} if options and 'norm' in options else {}), norm
 
-# %% ../../nbs/ode/16_compat.ipynb #30d36c15
+# %% ../../nbs/ode/16_compat.ipynb #305add1c
 def odeint_adjoint(
     func:Callable, y0, t:Tensor, *, rtol=1e-7, atol=1e-9, method:str|None=None, options:dict|None=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None,      # of the backward solve; as forward if None
@@ -175,6 +175,8 @@ def odeint_adjoint(
     own, norm = backward_options(method, options, adjoint_method, adjoint_options)
     plan, _ = plan_from(func, y0, t, rtol, atol, method, options)
     tolerances = rtol if adjoint_rtol is None else adjoint_rtol, atol if adjoint_atol is None else adjoint_atol
+    if adjoint_method is None and stepper_of(plan.method) is not ExplicitStepper:
+        adjoint_method, own = 'dopri5', {}      # the adjoint equation is too large for a method with a Jacobian
     backward, _ = plan_from(func, y0, t, *tolerances, adjoint_method or method, own, 'adjoint_options')
     params = None if adjoint_params is None else tuple(p for p in adjoint_params if p.requires_grad)
     told = {n: getattr(func, n + '_adjoint') for n in NAMES if hasattr(func, n + '_adjoint')}
