@@ -69,7 +69,7 @@ def grid_from(constructor:Callable, f, y0, t:Tensor) -> Callable:
         return [times[0], *inner, times[-1]]
     return grid
 
-# %% ../../nbs/ode/16_compat.ipynb #71bfba47
+# %% ../../nbs/ode/16_compat.ipynb #2ce42b02
 def plan_from(func, y0, t, rtol, atol, method, options, name:str='options') -> tuple:
     "(plan, tensors in args: none) from torchdiffeq's arguments."
     tableau = find_method('dopri5' if method is None else method)
@@ -85,8 +85,8 @@ def plan_from(func, y0, t, rtol, atol, method, options, name:str='options') -> t
     jumps = o.get('jump_t') if o.get('grid_points') is None else o['grid_points']
     gains = {ours: float(o[theirs]) for ours, theirs in GAINS.items() if theirs in o}
     plan, tensors = make_plan(func, y0, t, tableau, grid, rtol, atol, controller=PID(**gains) if gains else None,
-                              norm=o.get('norm'), first_step=o.get('first_step'), min_step=o.get('min_step', 0.), step_t=o.get('step_t'),
-                              max_step=o.get('max_step', math.inf), jump_t=jumps, max_steps=limit)
+                              norm=o.get('norm'), first_step=o.get('first_step'), min_step=o.get('min_step', 0.),
+                              step_t=o.get('step_t'), max_step=o.get('max_step', math.inf), jump_t=jumps, max_steps=limit)
     if o.get('perturb'): plan = replace(plan, jump_t=tuple(plan.grid(plan.times)))     # evaluate just inside each step
     return replace(plan, callbacks=callbacks_of(func, plan)), tensors
 
