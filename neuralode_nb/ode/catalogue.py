@@ -24,7 +24,7 @@ from .scipy_solver import SCIPY_METHODS
 from .steps import ExplicitStepper
 from .tableau import Tableau
 
-# %% ../../nbs/ode/36_catalogue.ipynb #34e53b8b
+# %% ../../nbs/ode/36_catalogue.ipynb #38f8ff09
 BUILDERS = {**TABLEAUS, **IMPLICIT, 'radau5': radau5, **ROSENBROCK, **MULTISTEP, **IMEX_METHODS,
             **STRUCTURED, **AUTO_METHODS, **SCIPY_METHODS}     # name -> function that builds the method
 METHODS = tuple(BUILDERS)
@@ -48,8 +48,8 @@ def find_method(method):
         raise TypeError(f"method={method!r} must be a name such as 'tsit5', or a Tableau")
     if method in BUILDERS: return BUILDERS[method]()
     close = difflib.get_close_matches(method, BUILDERS, n=1, cutoff=.5)
-    raise ValueError(f"method={method!r} is not known{f'; did you mean {close[0]!r}?' if close else ':'} "
-                     f"use one of {', '.join(sorted(METHODS))}")
+    raise ValueError(f"method={method!r} is not known{f'; did you mean {close[0]!r}?' if close else '.'} Among the {len(METHODS)} "
+                     "names in METHODS are tsit5, dopri5, dopri8, rk4, kvaerno5, rodas5p, radau5, bdf and auto")
 
 # %% ../../nbs/ode/36_catalogue.ipynb #7c55c5d6
 @dataclass(frozen=True)

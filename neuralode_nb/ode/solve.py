@@ -77,7 +77,7 @@ def refuse_own_control(method, controller, norm):
     if getattr(method, 'differentiable', True) or controller is norm is None: return
     raise ValueError(f"controller and norm cannot be given to method={method.name!r}, which has its own: leave them out")
 
-# %% ../../nbs/ode/15_solve.ipynb #50d8657e
+# %% ../../nbs/ode/15_solve.ipynb #409cfaaf
 def make_plan(
     f, y0, t, method, grid:Callable,   # (method, times, max_steps) -> how steps are laid, or None
     rtol, atol, args=None, controller=None, norm=None, first_step=None, min_step=0., max_step=math.inf, step_t=None,
@@ -86,8 +86,7 @@ def make_plan(
     "Everything that `solve` takes, checked and in one form."
     (method, options), layout, _ = unwrap(method), layout or layout_of(y0), check_field(f, args)
     source, f = f, keep_autocast(f, layout.device)
-    times, _ = check_times(t)
-    leaves, spec = tree_flatten(args)
+    (times, _), (leaves, spec) = check_times(t), tree_flatten(args)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     def rebind(new):
         if args is None: return flat_field(f, layout)
