@@ -111,6 +111,16 @@ def test_jacobians_and_factors_are_kept_while_they_serve():
     assert costs["rodas5p"].jacobians == costs["rodas5p"].accepted
     for stats in costs.values(): assert stats.lu >= stats.accepted/2 and stats.f_evals > stats.accepted
 
+
+@pytest.mark.parametrize("method", ["kvaerno5", "radau5", "rodas5p", "bdf"])
+def test_a_field_that_writes_into_its_own_buffer_is_no_trouble(method):
+    rates, buffer = torch.tensor([1., 5., 50.]).double(), torch.empty(3).double()
+    J, y0 = (lambda t, y: torch.diag(rates*(-1 - t.sin()))), torch.ones(3).double()
+    with torch.no_grad():
+        again, fresh = (solve(f, y0, [0., 1.], Implicit(method, jacobian=J)).y[-1] for f in (
+            lambda t, y: torch.mul(y*rates, -1 - t.sin(), out=buffer), lambda t, y: y*rates*(-1 - t.sin())))
+    assert torch.equal(again, fresh)
+
 # ------------------------------------------------------------------------------------------------------- gradients
 
 

@@ -79,10 +79,10 @@ class RadauError:
             err = factor.solve(rest + scale * stepper.on_rows(step.ends[0], step.rows + err))
         return equations.space.state(err).reshape(-1)
 
-# %% ../../nbs/ode/26_collocation.ipynb #5a687287
+# %% ../../nbs/ode/26_collocation.ipynb #7caac16a
 def slopes(field:Callable, times:Tensor, rows:Tensor) -> Tensor:
     "f at every stage, (stages, n)."
-    return torch.cat([field(tau, row[None]) for tau, row in zip(times, rows)])
+    return torch.cat([field(tau, row[None]).clone() for tau, row in zip(times, rows)])     # f may return one tensor each time
 
 def stages(stepper, guess:Tensor) -> Tensor|None:
     "Z of (1) by iteration, (stages, n), without a graph; None if there is no solution."

@@ -73,11 +73,11 @@ def pull(k:Tensor, wanted:list, units:Tensor, create_graph:bool) -> tuple:
         each = [torch.autograd.grad(k, wanted, u, **again) for u in units]
         return tuple(None if column[0] is None else torch.stack(column) for column in zip(*each))
 
-# %% ../../nbs/ode/21_linearize.ipynb #cec88714
+# %% ../../nbs/ode/21_linearize.ipynb #0dfde470
 def time_difference(f:Callable, t:Tensor, y:Tensor) -> Tensor:
     "df/dt by a forward difference, half of the digits."
     later = t + torch.finfo(y.dtype).eps**.5 * t.abs().clamp(min=1e-5)
-    return (f(later, y) - f(t, y)) / (later - t).reshape(-1, 1)
+    return (f(later, y).clone() - f(t, y)) / (later - t).reshape(-1, 1)     # f may return the same tensor twice
 
 def user_jacobian(plan, space:Rows):
     "The user's way to the Jacobian: a name as it is, a function (t, y) -> matrix as one of rows. Raises ValueError."

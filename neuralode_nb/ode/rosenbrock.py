@@ -54,7 +54,7 @@ def accept(self, start:float, end:float, accepted=True):
     if accepted is True: self.stats.count_step(abs(end - start))
     self.restart()
 
-# %% ../../nbs/ode/27_rosenbrock.ipynb #ac8443f3
+# %% ../../nbs/ode/27_rosenbrock.ipynb #31b255e6
 class RosenbrockStepper(Carried):
     "Rosenbrock steps; one Jacobian and one factorization for each."
     per_sample = True
@@ -70,7 +70,7 @@ class RosenbrockStepper(Carried):
     def attempt(self, start:float, end:float, y:Tensor) -> Tensor:
         "The state at the end of a step."
         self.y, self.length, self.taus, rows = y, self.clock.length(start, end), self.ends(start, end), self.space.rows(y)
-        if self.k is None: self.k = self.slope(self.taus[0], y)
+        if self.k is None: self.k = self.slope(self.taus[0], y).clone()     # f may return the same tensor again
         h, times = self.space.column(self.length), stage_times(*self.taus, self.nodes)
         system = systems(self, self.taus[0], rows, h * self.form.gamma)
         self.us = stages(self.form, self.field, self.space.rows(self.k), rows, times, h, system)
