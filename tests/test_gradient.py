@@ -94,7 +94,8 @@ def test_adaptive_gradients_agree_with_central_differences_to_the_tolerance(meth
     def f(y0, t, w):
         return solve(lambda t, y: w * torch.cos(t + y), y0, t, method, gradient=gradient, rtol=tol, atol=tol).y
     inputs = (start(2), times(0., .4, 1., way=way), start(1))
-    assert gradcheck(f, inputs, eps=1e-2 if tol > 1e-6 else 1e-3, atol=max(1e-5, 300 * tol), rtol=1e-2, fast_mode=True)
+    allowed = max(1e-5, (300 if method == "fehlberg2" else 30) * tol)     # its steps change most under t ± eps
+    assert gradcheck(f, inputs, eps=1e-2 if tol > 1e-6 else 1e-3, atol=allowed, rtol=1e-2, fast_mode=True)
 
 
 @each_way
