@@ -108,7 +108,7 @@ def test_what_is_no_event_is_said(events, words):
 
 
 def test_combinations_that_are_not_defined_are_refused():
-    for changes, words in (({"dense": True}, "dense=True"), ({"batch": "sample"}, "events are not available")):
+    for changes, words in (({"dense": True}, "dense=True"), ({"batch": "sample"}, "a real number per sample")):
         with pytest.raises(ValueError, match=words):
             solve(turn, torch.eye(2).double(), [0., 1.], events=lambda t, y: y[0, 0], **changes)
 

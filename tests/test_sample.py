@@ -244,7 +244,6 @@ TWO = torch.ones(2, 1, dtype=D)
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(dense=True), "dense=True is not available with batch='sample'"),
     (dict(gradient="adjoint"), "gradient='adjoint' is not available with batch='sample'"),
     (dict(method="radau5"), "'radau5' cannot step per sample"),
     (dict(method="gl4", step_size=.1), "'gl4' cannot step per sample"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAUSE', 'REMEDY', 'Layout', 'layout_of', 'tolerance', 'spread', 'rms_norm', 'max_norm', 'norm_for', 'Status', 'Stats',
-           'Failure', 'SolveError', 'in_words', 'Solution']
+           'Failure', 'SolveError', 'in_words', 'Reached', 'Solution']
 
 # %% ../../nbs/ode/00_base.ipynb #0a105191
 import math
@@ -100,7 +100,7 @@ def spread(name:str, value, layout:Layout) -> Tensor:
     parts = [torch.as_tensor(v, dtype=layout.time, device=layout.device).expand(s) for v, s in zip(leaves, layout.shapes)]
     return parts[0] if layout.plain else layout.join(parts)
 
-# %% ../../nbs/ode/00_base.ipynb #83f8c3bf
+# %% ../../nbs/ode/00_base.ipynb #e79a08c4
 def rms_norm(x:Tensor) -> float:
     "Root mean square, as a host number: one read from the device."
     return torch.linalg.vector_norm(x).item() / math.sqrt(max(x.numel(), 1))
@@ -117,7 +117,12 @@ def norm_for(
     if norm is not None and not callable(norm):
         raise TypeError(f"norm={norm!r} must be callable: a function of the state that returns a number, such as max_norm")
     if norm is not None:
-        return lambda x: float(norm(layout.unflatten(x.view(layout.shapes[0]) if layout.plain else x)))
+        def measured(x):
+            size = float(norm(layout.unflatten(x.view(layout.shapes[0]) if layout.plain else x)))
+            if math.isnan(size) and x.isfinite().all():
+                raise ValueError("norm returned nan for a finite state: it must return a number, zero or positive")
+            return size
+        return measured
     if layout.plain:
         root = math.sqrt(max(layout.shapes[0].numel(), 1))
         return lambda x: torch.linalg.vector_norm(x).item() / root
@@ -127,7 +132,7 @@ def norm_for(
         return (torch.stack([torch.linalg.vector_norm(part) for part in x.split(sizes)]) * roots).max().item()
     return mixed if sizes else max_norm
 
-# %% ../../nbs/ode/00_base.ipynb #ba7a13bd
+# %% ../../nbs/ode/00_base.ipynb #b1b4d2c2
 class Status(IntEnum):
     "How a solve ended."
     success = 0
@@ -138,13 +143,15 @@ class Status(IntEnum):
     non_finite_parameter = 5
     newton_failed = 6
     terminated_by_event = 7
+    blow_up = 8
+    max_seconds = 9
 
     @property
     def ok(self) -> bool:
         "True if the solution reached where it was meant to go."
         return self in (Status.success, Status.terminated_by_event)
 
-# %% ../../nbs/ode/00_base.ipynb #5c051f27
+# %% ../../nbs/ode/00_base.ipynb #9a6f1db6
 CAUSE = {
     Status.success: "the solve reached the end of t",
     Status.max_steps: "the solve used up max_steps",
@@ -154,17 +161,23 @@ CAUSE = {
     Status.non_finite_parameter: "a parameter of f is not finite",
     Status.newton_failed: "the nonlinear equations of a step could not be solved",
     Status.terminated_by_event: "an event stopped the solve",
+    Status.blow_up: "the solution grows without bound in finite time",
+    Status.max_seconds: "the solve used up max_seconds",
 }
 
 REMEDY = {
-    Status.max_steps: "raise max_steps, loosen rtol/atol, or use a method for stiff problems if stiffness is large",
-    Status.step_underflow: "the solution may blow up, be stiff or jump here: shorten t, or name jumps in jump_t",
+    Status.max_steps: "raise max_steps or go on with solve(..., resume=solution), loosen rtol/atol, or use a method for stiff "
+                      "problems if stiffness is large",
+    Status.step_underflow: "the solution may be stiff, jump or have a singularity here: shorten t, or name jumps in jump_t",
     Status.non_finite_state: "check y0 and the input of the model; if the steps are fixed, halve step_size",
     Status.non_finite_field: "look for log, sqrt or division of y in f, enormous parameters, or a solution that blows up; "
                              "shorten the steps with max_step or step_size",
     Status.newton_failed: "f may jump or not be smooth here, or the step is too long: use an adaptive method or a smaller "
                           "step_size, or try Implicit(method, jacobian='differences')",
     Status.non_finite_parameter: "training diverged before: lower the learning rate, clip gradients, restore good weights",
+    Status.blow_up: "no method goes further: end t before, or solve for what stays finite, such as 1/y; if f is learned, "
+                    "bound what it returns",
+    Status.max_seconds: "give more seconds, or go on with solve(..., resume=solution)",
 }
 
 # %% ../../nbs/ode/00_base.ipynb #ca093cf4
@@ -191,7 +204,7 @@ class Stats:
         if h < self.smallest_step: self.smallest_step = h
         if h > self.largest_step: self.largest_step = h
 
-# %% ../../nbs/ode/00_base.ipynb #1185908d
+# %% ../../nbs/ode/00_base.ipynb #052c939d
 @dataclass
 class Failure:
     "Where and why a solve stopped."
@@ -201,9 +214,11 @@ class Failure:
     sample: int|None = None        # first index along the first axis that is not finite, if there is one
     parameter: str|None = None     # name of the first parameter that is not finite
     stiffness: float = 0.
+    blow_up: float|None = None     # estimate of the time at which the solution becomes infinite
     def __str__(self):
         parts = [f"{CAUSE[self.status]} (status {self.status.name}) at t={self.time:.6g}"]
         parts.append(f"step {self.step:.3g}" if self.step else "before the first step")
+        if self.blow_up is not None: parts.append(f"infinite at about t={self.blow_up:.6g}")
         if self.parameter: parts.append(f"parameter {self.parameter}")
         if self.sample is not None: parts.append(f"sample {self.sample}")
         if self.stiffness: parts.append(f"stiffness |h λ| about {self.stiffness:.2g}")
@@ -219,8 +234,8 @@ class SolveError(RuntimeError):
         "The cause, as in `Solution.status`."
         return self.failure.status
 
-# %% ../../nbs/ode/00_base.ipynb #24a310ce
-def in_words(s:Stats) -> list:
+# %% ../../nbs/ode/00_base.ipynb #52e94066
+def in_words(s:Stats, explained:bool=False) -> list:
     "What a solve cost, and what its stiffness says about the choice of method, a sentence per line."
     more = f", {s.backward_f_evals} more in the backward pass" if s.backward_f_evals else ""
     lines = [f"{s.accepted} steps accepted, {s.rejected} rejected, {s.f_evals} evaluations of f{more}."]
@@ -229,11 +244,22 @@ def in_words(s:Stats) -> list:
         lines.append(f"Stiffness |h λ| up to {s.stiffness:.2g}: " + (
             "stability, not accuracy, sets the step: a method for stiff problems would take far longer steps."
             if s.stiffness > 2.5 else "no sign of stiffness: an explicit method is the right choice."))
-    if s.rejected > s.accepted / 2 and s.rejected > 3:     # methods of high order reject a third on smooth orbits
+    if s.rejected > max(s.accepted / 2, 3) and not explained:     # methods of high order reject a third on smooth orbits
         lines.append("Many steps were rejected: f may jump (name the times in jump_t) or be noisy beside rtol/atol.")
     return lines
 
-# %% ../../nbs/ode/00_base.ipynb #c39e27bf
+# %% ../../nbs/ode/00_base.ipynb #355b6a37
+@dataclass
+class Reached:
+    "How far a solve came that stopped early: what resume=solution goes on from."
+    time: float
+    state: Tensor               # flat, in working precision, without a graph
+    observations: int           # entries of t that were passed
+    step: float|None = None     # |h| that was next; None: to be guessed
+    controller: Any = None      # state of the step-size controller
+    event: int|None = None      # which event ended the solve
+
+# %% ../../nbs/ode/00_base.ipynb #42fdfd4e
 @dataclass
 class Solution:
     "The answer of `solve`: states at the times `t`, how it ended, what it cost."
@@ -245,6 +271,7 @@ class Solution:
     dense: Callable|None = None     # time -> state, kept when asked for
     method: str = ''
     events: list = field(default_factory=list)    # for each event function, when and where it was zero: .t and .y
+    reached: Reached|None = None    # where it stopped, if it stopped early
 
     def __call__(self, t):
         "The state at any time inside the solve; t is a number or a tensor of any shape (it leads the result's shape)."
@@ -258,4 +285,5 @@ class Solution:
             failed = list((self.failure or {}).values())
             head = f"{len(failed)} of {len(self.status)} samples failed" + (f"; the first: {failed[0]}" if failed else ".")
             return '\n'.join([f"{self.method}: {head}", "All samples together:", *in_words(self.stats.together())])
-        return '\n'.join([f"{self.method}: {self.failure or CAUSE[self.status] + '.'}", *in_words(self.stats)])
+        words = in_words(self.stats, self.status is Status.blow_up)
+        return '\n'.join([f"{self.method}: {self.failure or CAUSE[self.status] + '.'}", *words])

@@ -135,7 +135,7 @@ def odeint_event(
     t = torch.cat([t0, t0.detach() + (-1. if reverse_time else 1.)])
     return (odeint_interface or odeint)(func, y0, t, event_fn=event_fn, **kwargs)
 
-# %% ../../nbs/ode/16_compat.ipynb #8ad586d2
+# %% ../../nbs/ode/16_compat.ipynb #9d65934a
 def odeint(
     func:Callable,            # f(t, y)
     y0,                       # tensor of any shape, or tuple of tensors
@@ -148,8 +148,8 @@ def odeint(
 ):                            # states at t, leading axis time; structure of y0
     "torchdiffeq's odeint: solve, and let autograd through every operation."
     plan, tensors = plan_from(func, y0, t, rtol, atol, method, options)
-    if event_fn is not None: return first_event(Job(plan, tuple(tensors)), t, event_fn, 'direct')
-    return run_plan(plan, tensors, t, 'direct').y
+    job = Job(plan, tuple(tensors))
+    return run_plan(job, t, 'direct').y if event_fn is None else first_event(job, t, event_fn, 'direct')
 
 # %% ../../nbs/ode/16_compat.ipynb #e8215e5d
 def backward_options(method, options, adjoint_method, adjoint_options) -> tuple:
@@ -164,7 +164,7 @@ def backward_options(method, options, adjoint_method, adjoint_options) -> tuple:
         raise ValueError(f"adjoint_options['norm']={norm!r} must be 'seminorm' or a function")
     return own | ({'norm': options['norm']} if options and 'norm' in options else {}), norm
 
-# %% ../../nbs/ode/16_compat.ipynb #305add1c
+# %% ../../nbs/ode/16_compat.ipynb #f1841894
 def odeint_adjoint(
     func:Callable, y0, t:Tensor, *, rtol=1e-7, atol=1e-9, method:str|None=None, options:dict|None=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None,      # of the backward solve; as forward if None
@@ -180,10 +180,10 @@ def odeint_adjoint(
     backward, _ = plan_from(func, y0, t, *tolerances, adjoint_method or method, own, 'adjoint_options')
     params = None if adjoint_params is None else tuple(p for p in adjoint_params if p.requires_grad)
     told = {n: getattr(func, n + '_adjoint') for n in NAMES if hasattr(func, n + '_adjoint')}
-    if event_fn is not None: return first_event(Job(plan, (), backward, params, norm, told), t, event_fn, 'adjoint')
-    return run_plan(plan, [], t, 'adjoint', params, True, norm, backward, told).y
+    job = Job(plan, (), backward, params, norm, told)
+    return run_plan(job, t, 'adjoint').y if event_fn is None else first_event(job, t, event_fn, 'adjoint')
 
-# %% ../../nbs/ode/16_compat.ipynb #47053722
+# %% ../../nbs/ode/16_compat.ipynb #d01a60f4
 def odeint_dense(
     func:Callable, y0, t0, t1,                 # as odeint, between two times
     *, rtol=1e-7, atol=1e-9, method:str|None=None, options:dict|None=None,
@@ -191,4 +191,4 @@ def odeint_dense(
     "torchdiffeq's odeint_dense, for every method and state: a function of time on [t0, t1], differentiable."
     t = torch.stack([torch.as_tensor(t0, dtype=torch.float64), torch.as_tensor(t1, dtype=torch.float64)])
     plan, tensors = plan_from(func, y0, t, rtol, atol, method, options)
-    return run_plan(replace(plan, keep_dense=True), tensors, t, 'direct').dense
+    return run_plan(Job(replace(plan, keep_dense=True), tuple(tensors)), t, 'direct').dense

@@ -31,7 +31,7 @@ def share(rtol, dtype:torch.dtype, part:float=1.) -> float:
     smallest = max(float(rtol.min()) if isinstance(rtol, Tensor) else rtol, 1e-14)
     return max(10 * torch.finfo(dtype).eps / smallest, part * min(.03, smallest**.5))
 
-# %% ../../nbs/ode/25_implicit.ipynb #84328442
+# %% ../../nbs/ode/25_implicit.ipynb #6331ec0f
 SLOW = .05     # ρ above which a new Jacobian pays
 RENEWALS = 20  # of the Jacobian in a step of fixed length
 
@@ -42,13 +42,16 @@ class Equations:
         self.linear = Linearization(self.space.field(plan.f), stats, user_jacobian(plan, self.space))
         self.rtol, self.atol = self.space.like_rows(plan.rtol), self.space.like_rows(plan.atol)
         self.enough, self.failed = share(plan.rtol, plan.y0.dtype.to_real(), 1e-3 if differentiable else 1.), False
+        make = plan.options.get('finder')
+        self.finder = make and make(plan, self)      # another way to roots than Newton's
 
     def begin(self, tau:Tensor, rows:Tensor):
         "What a step from here allows as an error, and a Jacobian."
         magnitude = rows.abs()
         rounding = 10 * torch.finfo(rows.dtype).eps / self.enough * magnitude.amax(-1, keepdim=True)
         self.size = torch.maximum(magnitude * self.rtol + self.atol, rounding)     # what cannot be resolved is not asked for
-        if self.linear.J is None: self.linear.at(tau, rows)
+        if self.finder: self.finder.begin(tau, rows)
+        if self.linear.J is None and (not self.finder or self.finder.dense): self.linear.at(tau, rows)
         self.renewals, self.rate, self.failed = RENEWALS if self.fixed else 1, 0., False
 
     def norm(self, change:Tensor, z=None) -> Tensor:
@@ -161,7 +164,7 @@ def piece(self, y1:Tensor) -> Tensor:
     self.h = 1. if isinstance(length, Tensor) else length
     return (rows.view(-1, *self.step.y.shape) * length).view_as(rows) if isinstance(length, Tensor) else rows
 
-# %% ../../nbs/ode/25_implicit.ipynb #e91b2086
+# %% ../../nbs/ode/25_implicit.ipynb #91235c30
 def combine(start:Tensor, ks:list, weights:list, h) -> Tensor:
     "start + h Σ w_j k_j over the stages that there are."
     for w, k in zip(weights, ks):
@@ -170,7 +173,9 @@ def combine(start:Tensor, ks:list, weights:list, h) -> Tensor:
 
 def solved_stage(equations:Equations, field:Callable, tau:Tensor, base:Tensor, gamma, entry:float, guess:Tensor) -> Tensor|None:
     "z = γ f(τ, base + z); the factors are kept under the table's own entry."
-    return root(equations, lambda z: z - gamma * field(tau, base + z), guess,
+    residual = lambda z: z - gamma * field(tau, base + z)
+    if equations.finder: return equations.finder.find(residual, guess, gamma)
+    return root(equations, residual, guess,
                 lambda: equations.linear.factor(gamma, entry), lambda z: (tau, base + z))
 
 def solved_stages(step:Step, table:Numbers, equations:Equations, field:Callable, first:Tensor|None) -> tuple|None:
@@ -189,15 +194,15 @@ def solved_stages(step:Step, table:Numbers, equations:Equations, field:Callable,
         ys.append(y)
     return ks, ys
 
-# %% ../../nbs/ode/25_implicit.ipynb #12949dda
-def differentiable_stages(step:Step, table:Numbers, field:Callable, first:Tensor|None, ys:list) -> tuple:
+# %% ../../nbs/ode/25_implicit.ipynb #40659ba5
+def differentiable_stages(step:Step, table:Numbers, field:Callable, first:Tensor|None, ys:list, finder=None) -> tuple:
     "The same as functions of y, t and whatever f depends on; a `first` without a graph is computed again."
     ks, roots = [], []
     for i, (row, tau, y) in enumerate(zip(table.a, step.times, ys)):
         base, gamma = combine(step.rows, ks, row, step.h), step.h * row[i]
         if row[i]:
             equation = lambda y, base=base, gamma=gamma, tau=tau: y - base - gamma * field(tau, y)
-            y = differentiable_root(equation, y)
+            y = differentiable_root(equation, y, solve=finder and finder.solver(equation, y, step.plain * row[i]))
             k = (y - base) / gamma
         else: y, k = base, first if i == 0 and first.requires_grad else field(tau, base)
         ks.append(k)
@@ -226,7 +231,7 @@ def polynomial(self, y1:Tensor) -> Tensor:
     end = ks[-1] if self.table.at_end else self.slope(self.step.ends[1], y1).reshape(-1)
     return torch.stack([start, end, mean])
 
-# %% ../../nbs/ode/25_implicit.ipynb #b2428201
+# %% ../../nbs/ode/25_implicit.ipynb #6b0f0cde
 class DiagonalStepper(Carried):
     "Diagonally implicit Runge–Kutta steps: a system of the state's size for each stage."
     per_sample = True
@@ -247,6 +252,6 @@ class DiagonalStepper(Carried):
 
     def with_graph(self, found:tuple) -> Tensor:
         "Stages with one."
-        return self.finish(differentiable_stages(self.step, self.table, self.on_rows, self.first, found[1]))
+        return self.finish(differentiable_stages(self.step, self.table, self.on_rows, self.first, found[1], self.equations.finder))
 
     finish, error, polynomial = finish, error, polynomial

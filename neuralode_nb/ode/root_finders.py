@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .roots import Factor, Newton, Root, SimplifiedNewton, differentiable_root, iterate, jacobian, push
 
-# %% ../../nbs/ode/20_root_finders.ipynb #888096e5
+# %% ../../nbs/ode/20_root_finders.ipynb #33bfdda3
 def gmres(
     product:Callable,   # v -> A v, both (S, n)
     r:Tensor,           # (S, n) right-hand sides
@@ -29,10 +29,11 @@ def gmres(
     Q = torch.eye(size + 1, dtype=r.dtype, device=r.device).repeat(S, 1, 1)
     V[:, 0] = r / beta.where(beta > 0, 1.)[:, None]
     for j in range(size):
-        w, h = product(V[:, j]), r.new_zeros(S, size + 1)
+        w, h, B = product(V[:, j]), r.new_zeros(S, size + 1), V[:, :j + 1]
         for _ in range(2):                                         # Gram–Schmidt, twice is enough
-            part = (V.conj() @ w[..., None])[..., 0]
-            w, h = w - (part[:, None] @ V)[:, 0], h + part
+            part = (B.conj() @ w[..., None])[..., 0]
+            w = w - (part[:, None] @ B)[:, 0]
+            h[:, :j + 1] += part
         norm = torch.linalg.vector_norm(w, dim=-1)
         V[:, j + 1] = w / norm.where(norm > 0, 1.)[:, None]
         column = (Q @ h[..., None])[..., 0]
@@ -47,9 +48,10 @@ def gmres(
     y = torch.linalg.solve_triangular(R[:, :k, :k], (Q[:, :k, :1] * beta[:, None, None]).to(r), upper=True)
     return (y.mT @ V[:, :k])[:, 0], k
 
-# %% ../../nbs/ode/20_root_finders.ipynb #edbbdf62
+# %% ../../nbs/ode/20_root_finders.ipynb #2ba1b4f6
 class NewtonKrylov:
     "Direction from J d = r by GMRES, no better than the iteration deserves (Eisenstat & Walker 1996)."
+    start = .5     # accuracy of the first direction
     def __init__(self, g:Callable, how:str|Callable='autograd', krylov:int=30, preconditioner:Callable|None=None):
         self.g, self.how, self.krylov, self.precondition = g, how, krylov, preconditioner or (lambda v: v)
         self.forcing = self.last = None
@@ -70,7 +72,7 @@ class NewtonKrylov:
     def __call__(self, z:Tensor, r:Tensor, rate, active) -> Tensor:
         if isinstance(active, Tensor): r = torch.where(active[:, None], r, 0)
         size = torch.linalg.vector_norm(r, dim=-1)
-        if self.last is None: self.forcing = torch.full_like(size, .5)
+        if self.last is None: self.forcing = torch.full_like(size, self.start)
         else:
             floor = .9 * self.forcing.square()
             self.forcing = (.9 * (size / self.last).square()).clamp(max=.9).maximum(floor.where(floor > .1, 0.))

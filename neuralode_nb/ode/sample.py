@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SampleLayout', 'SampleClock', 'wide', 'next_each', 'by_rule', 'first_each', 'Lengths', 'Landings', 'Fates',
-           'freeze_stuck', 'move', 'SampleSteps', 'cause', 'finish', 'SampleOutput', 'sample_parts']
+           'freeze_stuck', 'move', 'SampleSteps', 'polynomial', 'cause', 'finish', 'SampleOutput', 'sample_parts']
 
 # %% ../../nbs/ode/37_sample.ipynb #55f85e2c
 import torch
@@ -148,7 +148,7 @@ class Landings:
         moved = now + (until - at)          # an inner time moves with the start, as on the page Steps
         return torch.where(active & lands, torch.where(landed == self.last, self.final, landed), moved)
 
-# %% ../../nbs/ode/37_sample.ipynb #d61cb983
+# %% ../../nbs/ode/37_sample.ipynb #bc4eb732
 class Fates:
     "Who is still on the way, at what cost, and why others are not."
     def __init__(self, active:Tensor):
@@ -156,10 +156,14 @@ class Fates:
         self.accepted, self.rejected, self.evals = (torch.zeros_like(active, dtype=torch.long) for _ in range(3))
         self.shortest, self.longest = active.double().fill_(torch.inf), active.double().fill_(0.)
 
-    def count(self, accepted:Tensor, h:Tensor, f_evals:int):
-        "Note an attempt of all active samples; `f_evals` is the total so far."
-        self.evals += (f_evals - self.seen) * self.active
+    def charge(self, which:Tensor, f_evals:int):
+        "Put what was evaluated since last time on the account of these samples; `f_evals` is the total so far."
+        self.evals += (f_evals - self.seen) * which
         self.seen = f_evals
+
+    def count(self, accepted:Tensor, h:Tensor, f_evals:int):
+        "Note an attempt of all active samples."
+        self.charge(self.active, f_evals)
         self.accepted += accepted
         self.rejected += self.active & ~accepted
         self.shortest = torch.minimum(self.shortest, h.where(accepted, torch.inf))
@@ -186,14 +190,14 @@ def freeze_stuck(fates:Fates, plan:Plan, failed:Tensor, at:Tensor, h:Tensor):
         fates.freeze(small & failed, Status.newton_failed, at, h)
         fates.freeze(small & ~failed, Status.step_underflow, at, h)
 
-# %% ../../nbs/ode/37_sample.ipynb #cf879ae6
+# %% ../../nbs/ode/37_sample.ipynb #bdd085aa
 def move(self, now:Tensor, until:Tensor, y:Tensor, y1:Tensor, accepted:Tensor) -> tuple:
     "Samples whose attempt counts go on, the others stay."
-    now = torch.where(accepted, until, now)
+    now, y = torch.where(accepted, until, now), torch.where(wide(accepted, y), y1, y)
     self.fates.active = self.fates.active & (now.detach() != self.plan.each[:, -1])
-    return now, torch.where(wide(accepted, y), y1, y)
+    return now, y if self.plan.watch is None else self.plan.watch.after(now, y)
 
-# %% ../../nbs/ode/37_sample.ipynb #4f8ab8e3
+# %% ../../nbs/ode/37_sample.ipynb #286c250d
 class SampleSteps:
     "Steps of every sample, as long as its own tolerance allows or of given length."
     def __init__(self, plan:Plan, stepper, t:Tensor):
@@ -216,14 +220,22 @@ class SampleSteps:
         "Which samples' attempts count; False if none does."
         h, active, failed = (end - start).detach().abs(), self.fates.active, self.failed
         fixed = self.plan.grid is not None
-        accepted = active & ~failed if fixed else self.lengths.judge(h, y1.detach().abs(), failed, active)
+        self.accepted = accepted = active & ~failed if fixed else self.lengths.judge(h, y1.detach().abs(), failed, active)
         self.fates.count(accepted, h, self.stepper.stats.f_evals)
         if fixed and failed.any(): self.fates.freeze(active & failed, Status.newton_failed, start.detach(), h)
         return accepted if accepted.any() else False
 
     move = move
 
-# %% ../../nbs/ode/37_sample.ipynb #73c3cd6a
+# %% ../../nbs/ode/37_sample.ipynb #51b68392
+def polynomial(dense:Tensor, rows:Tensor, y:Tensor, theta:Tensor) -> Tensor:
+    "The polynomials of n steps from y (n, …), with rows (rows, n, …), each at its place θ; no sum depends on how many there are."
+    weights = torch.zeros(len(rows), len(theta)).to(theta)
+    for d in dense[:len(rows)].t().flip(0): weights = (weights + d[:, None]) * theta     # Horner
+    for row, w in zip(rows, weights): y = y + wide(w, y) * row
+    return y
+
+# %% ../../nbs/ode/37_sample.ipynb #d3925e33
 @torch.no_grad()
 def cause(plan:Plan, stepper, failure:Failure, last:tuple) -> Failure:
     "Look at parameters, state and f for what is not finite, and name it."
@@ -243,14 +255,16 @@ def finish(self, plan:Plan, steps, last:tuple, failure, kept:list) -> Run:
     lost = (~y.detach().isfinite().flatten(2).all(-1) if y.ndim > 2 else ~y.detach().isfinite()).any(0)
     for i in lost.nonzero()[:, 0].tolist():
         failures.setdefault(i, Failure(Status.non_finite_state, float(last[0][i]), 0., i))
+    dense = None if self.kept is None else (self.stepper.dense, self.kept)
     failures = {i: cause(plan, self.stepper, f, last) for i, f in sorted(failures.items())}
-    return Run(y, steps.fates.stats(self.stepper.stats), failures or None, None, kept, last[0].detach())
+    return Run(y, steps.fates.stats(self.stepper.stats), failures or None, dense, kept, last[0].detach())
 
-# %% ../../nbs/ode/37_sample.ipynb #f86e508d
+# %% ../../nbs/ode/37_sample.ipynb #c27cdb54
 class SampleOutput:
     "States of each sample at its own times."
     def __init__(self, plan:Plan, stepper, t:Tensor):
         self.plan, self.stepper, self.t = plan, stepper, t
+        self.kept = [] if plan.keep_dense else None       # (samples, starts, ends, states, rows) of accepted steps
         self.keys, self.at, self.pieces = plan.each * stepper.clock.sign[:, None], [], []
         self.store(plan.each == plan.each[:, :1], plan.y0)
 
@@ -267,24 +281,24 @@ class SampleOutput:
         at_end = passed & (self.plan.each == high[:, None])
         if at_end.any(): self.store(at_end, y1)
         if (inner := passed & ~at_end).any(): self.read_off(inner, start, end, y, y1)
+        if self.kept is None: return
+        b, rows = accepted.nonzero()[:, 0], self.stepper.piece(y1).unflatten(1, y.shape)
+        self.kept.append((b, start[b], end[b], y[b], rows[:, b]))
 
     def read_off(self, inner:Tensor, start:Tensor, end:Tensor, y:Tensor, y1:Tensor):
         "Observations within steps."
         b, n = inner.nonzero(as_tuple=True)
         theta = ((self.t[b, n] - start[b]) / (end - start)[b]).to(self.plan.layout.time)
-        rows, dense = self.stepper.piece(y1), self.stepper.dense
-        rows, weights = rows.view(len(rows), *y.shape), torch.zeros(len(rows), len(b)).to(theta)
-        for d in dense[:len(rows)].t().flip(0): weights = (weights + d[:, None]) * theta     # Horner: no sum depends on how many
-        value = y[b]
-        for row, w in zip(rows, weights): value = value + wide(w, y) * row[b]
         self.at.append((n, b))
-        self.pieces.append(value)
+        self.pieces.append(polynomial(self.stepper.dense, self.stepper.piece(y1).unflatten(1, y.shape)[:, b], y[b], theta))
 
     finish = finish
 
-# %% ../../nbs/ode/37_sample.ipynb #4411e915
+# %% ../../nbs/ode/37_sample.ipynb #a315d63b
 def sample_parts(plan:Plan, t:Tensor|None, differentiable:bool, stats:Stats) -> tuple:
     "What marches when every sample takes its own steps."
     t, clock = plan.each if t is None else t, SampleClock(plan)
     stepper = plan.begin(clock, stats, frozenset(plan.jump_t), differentiable)
-    return stepper, SampleSteps(plan, stepper, t), SampleOutput(plan, stepper, t)
+    steps = SampleSteps(plan, stepper, t)
+    if plan.watch is not None: plan.watch.steps = steps      # whose verdicts it must know
+    return stepper, steps, SampleOutput(plan, stepper, t)
