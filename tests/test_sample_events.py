@@ -298,7 +298,7 @@ def test_what_is_no_event_of_a_sample_is_said(events, words):
 
 def test_the_adjoint_is_refused_with_events_too():
     with pytest.raises(ValueError, match="gradient='adjoint' is not available with batch='sample'"):
-        balls(HEIGHTS, [0., 1.], gradient="adjoint")
+        balls(HEIGHTS.clone().requires_grad_(), [0., 1.], gradient="adjoint")
 
 # -------------------------------------------------------------------------------------------------------- dense output
 

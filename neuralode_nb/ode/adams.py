@@ -158,7 +158,7 @@ def choose(
     if size * 2**(level + 1) <= .5: return level, 2., False
     return level, 1. if size <= .5 else max(.5, min(.9, (.5 / size)**(1 / (level + 1)))), False
 
-# %% ../../nbs/ode/31_adams.ipynb #ce2ff03b
+# %% ../../nbs/ode/31_adams.ipynb #bfe57fd6
 class AdamsStepper(AdamsSteps):
     "Variable step, variable order, PECE with local extrapolation."
     def restart(self):
@@ -168,7 +168,7 @@ class AdamsStepper(AdamsSteps):
 
     def error(self) -> Tensor:
         "$h (g_{k+1} - g_k) d$, flat: what the last correction added."
-        return float(self.length) * float(self.past.g[-1] - self.past.g[-2]) * self.d.detach().reshape(-1)
+        return float(torch.as_tensor(self.length).detach()) * float(self.past.g[-1] - self.past.g[-2]) * self.d.detach().reshape(-1)
 
     def advise(self, accepted:bool, factor:float) -> float:
         "Set the next order, and return the factor of the step; after three rejections begin again at order one."

@@ -7,7 +7,7 @@ __all__ = ['SampleTimes', 'sample_times', 'in_user_order', 'each_norm', 'one_sam
            'Retrace', 'all_steps', 'gathered', 'SampleSolve', 'pull_step', 'backward_steps', 'march_samples',
            'SampleDense', 'own_times']
 
-# %% ../../nbs/ode/38_batch.ipynb #f55a804e
+# %% ../../nbs/ode/38_batch.ipynb #d011511a
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from .base import Layout, Stats, layout_of
 from .checkpoint import Job, add
 from .checks import as_times, positive
 from .loop import march
-from .parameters import touched
+from .parameters import Known, touched
 from .sample import SampleClock, SampleLayout, polynomial, sample_parts, wide
 from .steps import Plan
 
@@ -154,11 +154,12 @@ def gathered(found:list, y:Tensor) -> list:
     "Times and states of all events, one after the other."
     return [torch.cat(parts) for parts in zip((y.new_zeros(0, dtype=torch.float64), y[:0].detach()), *found)]
 
-# %% ../../nbs/ode/38_batch.ipynb #5e4b000a
+# %% ../../nbs/ode/38_batch.ipynb #57e8e8ed
 class SampleSolve(torch.autograd.Function):
     "Solve without a graph; retrace the accepted steps of all samples backward."
     @staticmethod
     def forward(ctx, job:Job, y0:Tensor, t:Tensor|None, *tensors:Tensor) -> Tensor:
+        job.plan = replace(job.plan, options={**job.plan.options, 'retraced': True})
         job.run = march(job.plan, keep_steps=True)
         y, job.run.y = job.run.y, None
         ctx.job = job
@@ -170,6 +171,7 @@ class SampleSolve(torch.autograd.Function):
         y0, t, *tensors = ctx.saved_tensors
         job, t = ctx.job, t if ctx.needs_input_grad[2] else None
         with torch.autocast(y0.device.type, enabled=False):
+            job.unchanged()
             if not torch.is_grad_enabled(): return None, *backward_steps(job, t, tensors, *g)
             args = tensors[:len(job.args)]
             *y, _ = all_steps(replace(job, args=args, plan=replace(job.plan, f=job.plan.rebind(args), y0=y0)), t)
@@ -179,14 +181,15 @@ class SampleSolve(torch.autograd.Function):
             found = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
             return None, *[next(found) if x is not None and x.requires_grad else None for x in inputs]
 
-# %% ../../nbs/ode/38_batch.ipynb #add59e57
-def pull_step(tracer:Retrace, kept:tuple, which:Tensor|None, g:Tensor, g_events:list, bars:tuple, wanted:list) -> list:
+# %% ../../nbs/ode/38_batch.ipynb #566a11dc
+def pull_step(tracer:Retrace, known:Known, kept:tuple, which:Tensor|None, g:Tensor, g_events:list, bars:tuple, wanted:list):
     "Gradients for (y, shift, *wanted) at the start of a step, from those `bars` of (y, shift) at its end."
     tracer.output.at, tracer.output.pieces, tracer.found = [], [], []
     with torch.enable_grad():
         y, shift = kept[2].detach().requires_grad_(), tracer.shift
         if shift is not None: shift = torch.zeros_like(shift).requires_grad_()
         ends = tracer.step(kept, which, y, shift)
+    known.check(ends[0])
     outputs = [*ends, *tracer.output.pieces, *(x for found in tracer.found for x in found)]
     cotangents = [*bars, *[g[at] for at in tracer.output.at]]
     for _ in tracer.found: cotangents += [g_events[0].pop(), g_events[1].pop()]
@@ -195,13 +198,14 @@ def pull_step(tracer:Retrace, kept:tuple, which:Tensor|None, g:Tensor, g_events:
     shift_bar = None if shift is None else rest.pop(0)
     return [torch.zeros_like(y) if y_bar is None else y_bar, shift_bar, *rest]
 
-# %% ../../nbs/ode/38_batch.ipynb #34d79bde
+# %% ../../nbs/ode/38_batch.ipynb #08fa4474
 def backward_steps(job:Job, t:Tensor|None, tensors:list, g:Tensor, *g_events:Tensor) -> list:
     "Gradients for (y0, t, *tensors), one step's graph at a time."
     args, f = job.leaves(tensors)
     inputs = [*args, *tensors[len(args):]]
     wanted, stats = [x for x in inputs if x.requires_grad], Stats()
     leaf = [] if t is None else [t.detach().requires_grad_()]
+    if job.around: f = job.around(job.known.around(f), wanted)
     tracer = Retrace(replace(job.plan, f=f, y0=job.plan.y0.detach()), *(leaf or [None]), args, stats)
     begun, steps = tracer.output.at[0], tracer.steps(job.run.steps)
     sizes = [len(when) for when, _ in job.plan.watch.found] if job.plan.watch else []
@@ -211,7 +215,7 @@ def backward_steps(job:Job, t:Tensor|None, tensors:list, g:Tensor, *g_events:Ten
     bars = (g * missed.reshape(broad)).sum(0), None if tracer.shift is None else torch.zeros_like(tracer.shift)
     totals = [None] * (len(wanted) + len(leaf))
     for kept, which in reversed(steps):
-        y_bar, shift_bar, *new = pull_step(tracer, kept, which, g, g_events, bars, [*leaf, *wanted])
+        y_bar, shift_bar, *new = pull_step(tracer, job.known, kept, which, g, g_events, bars, [*leaf, *wanted])
         bars, totals = (y_bar, shift_bar), add(totals, new)
     job.run.stats.backward_f_evals += stats.f_evals
     y_bar, t_bar = bars[0] + torch.zeros_like(g).index_put(begun, g[begun]).sum(0), None
@@ -221,7 +225,7 @@ def backward_steps(job:Job, t:Tensor|None, tensors:list, g:Tensor, *g_events:Ten
     given = iter(totals[len(leaf):])
     return [y_bar, t_bar, *[next(given) if x.requires_grad else None for x in inputs]]
 
-# %% ../../nbs/ode/38_batch.ipynb #d99379d7
+# %% ../../nbs/ode/38_batch.ipynb #3854b258
 def march_samples(job:Job, t:Tensor|None, how:str) -> tuple:
     "Solve a plan per sample so that its result carries a gradient, if anything asks for one: run, times and states of events."
     plan, watch = job.plan, job.plan.watch
@@ -229,16 +233,20 @@ def march_samples(job:Job, t:Tensor|None, how:str) -> tuple:
     if not torch.is_grad_enabled() or (plan.each[:, 0] == plan.each[:, -1]).all(): return found(march(plan))
     args, f = job.leaves(job.args)
     if watch is not None: f = watch.events.bound(args).all_with(f)
-    k, params = touched(f, SampleClock(plan)(plan.each[:, 0]), plan.y0, plan.source, args)
+    k, params, read = touched(f, SampleClock(plan)(plan.each[:, 0]), plan.y0, plan.source, args)
     plan.k0 = k if watch is None else k[:plan.y0.numel()].view_as(plan.y0).to(plan.y0.dtype)
     tensors = [*job.args, *params]
     if not any(x is not None and x.requires_grad for x in (plan.y0, t, *tensors)): return found(march(plan))
+    if how not in ('checkpoint', 'direct'): raise ValueError(
+        f"gradient={how!r} is not available with batch='sample' and this method: use 'checkpoint' or 'direct'")
     if how == 'direct':
         with torch.no_grad(): job.run = march(replace(plan, y0=plan.y0.detach()), keep_steps=True)
         y, when, states, kept = all_steps(job, t)
         return replace(job.run, y=y, dense=kept), when, states
-    job.plan = replace(plan, y0=plan.y0.detach())
+    job = replace(job, plan=replace(plan, y0=plan.y0.detach()), known=Known([*tensors, plan.y0]))
+    before = [x._version for x in read]
     y, *happened = SampleSolve.apply(job, plan.y0, t, *tensors)
+    job.frozen = [(x, x._version) for x, version in zip(read, before) if x._version == version]
     return replace(job.run, y=y), *happened
 
 # %% ../../nbs/ode/38_batch.ipynb #20f12632

@@ -21,7 +21,7 @@ from .parameters import named_tensors
 from .solve import solve
 from .ways import gradient_name
 
-# %% ../../nbs/ode/51_certify.ipynb #30e2e2ea
+# %% ../../nbs/ode/51_certify.ipynb #560a8d0c
 class PeakMemory(TorchDispatchMode):
     "Bytes of tensors made inside that are alive at once, at most: `peak`. Slows operations down."
     def __init__(self):
@@ -48,6 +48,7 @@ class PeakMemory(TorchDispatchMode):
         for x in tree_leaves(out): self.note(x)
         return out
 
+# %% ../../nbs/ode/51_certify.ipynb #1e1aadb0
 def peak_memory(work:Callable, device:torch.device) -> int:
     "Bytes that `work()` needs at most, beside what was there before."
     if device.type == 'cuda':
@@ -123,7 +124,7 @@ class Problem:
         found = torch.autograd.grad(loss, list(self.inputs.values()), allow_unused=True)
         return dict(zip(self.inputs, found)), sol.stats
 
-# %% ../../nbs/ode/51_certify.ipynb #f7cf6c4f
+# %% ../../nbs/ode/51_certify.ipynb #9f1dd45f
 def measured(problem:Problem, gradient) -> tuple:
     "(gradients, statistics, seconds, bytes) of a gradient method; solved three times, the shortest time counts."
     seconds, device = [], tree_leaves(problem.y0)[0].device
@@ -141,6 +142,7 @@ def relative(x:Tensor|None, exact:Tensor|None) -> float:
     distance = torch.linalg.vector_norm(x - exact)
     return (distance / size if size else distance).item()
 
+# %% ../../nbs/ode/51_certify.ipynb #3d64a91c
 def check_gradient(
     f:Callable, y0, t, args=None,   # as in `solve`
     gradient='adjoint',             # the way to be checked: anything that `solve` takes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Job', 'Retracer', 'Runner', 'add', 'step_by_step', 'whole_graph', 'CheckpointSolve']
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #44333d82
+# %% ../../nbs/ode/11_checkpoint.ipynb #dcb2e936
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable
@@ -16,10 +16,11 @@ from torch import Tensor
 from .base import Stats
 from .control import Stops
 from .loop import Output, Run, march
+from .parameters import Known
 from .schedules import Checkpoint, Kept
 from .steps import Clock, Plan
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #63f124cd
+# %% ../../nbs/ode/11_checkpoint.ipynb #86abf155
 @dataclass
 class Job:
     "A plan and what its gradient needs."
@@ -31,6 +32,8 @@ class Job:
     callbacks: dict = field(default_factory=dict)   # of the backward solve, by name
     checkpoint: Checkpoint = Checkpoint()           # which states to keep
     around: Callable|None = None     # (f, tensors) -> f as it enters the graph of a step
+    known: Known = Known()           # whose gradients are asked for
+    frozen: list = field(default_factory=list)      # (tensor that f reads and that is not differentiated, its version)
     how: str = 'adjoint'             # name of the gradient method, for messages
     back: Callable|None = None       # how the adjoint equation is solved; None: together with y, backward
     run: Run|None = None
@@ -40,13 +43,22 @@ class Job:
         args = [x.detach().requires_grad_(x.requires_grad) for x in tensors[:len(self.args)]]
         return args, self.plan.rebind(args)
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #c81c7201
+    def unchanged(self):
+        "Before f is evaluated again: it must still be the same. Raises RuntimeError."
+        for x, version in self.frozen:
+            if x._version != version:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(x.shape)} that f uses was modified by an inplace operation after the solve, so f "
+                    "can no "
+                    "longer be differentiated where it was solved: call backward first, or solve with gradient='direct'")
+
+# %% ../../nbs/ode/11_checkpoint.ipynb #625c1944
 class Retracer:
     "Rebuilds one step at a time with a graph and pulls gradients through it."
     def __init__(self, job:Job, f:Callable):
         self.plan, self.stats = replace(job.plan, f=f, k0=None, keep_dense=False, grid=lambda times: times), Stats()
         self.stepper = self.plan.begin(Clock(self.plan), self.stats, Stops.of(self.plan).jumps, differentiable=True)
-        self.output = Output(self.plan, self.stepper.clock, self.stepper)
+        self.output, self.known = Output(self.plan, self.stepper.clock, self.stepper), job.known
 
     def rebuild(self, start:float, end:float, y:Tensor, t:list, g:Tensor, company:tuple=()) -> tuple:
         "(state after the step, observations in it, their gradients), with a graph; t is a leaf in a list, or nothing."
@@ -60,6 +72,7 @@ class Retracer:
             y1 = stepper.attempt(start, end, y)
             output.take(start, end, y, y1)
             output.flush()
+        self.known.check(y1)
         return y1, output.pieces, g[first:output.at].split([len(p) for p in output.pieces])
 
     def pull(self, step:tuple, t:Tensor|None, g:Tensor, y_bar:Tensor, inputs:list) -> tuple:
@@ -85,7 +98,7 @@ class Runner:
         self.at = i + 1
         return y1
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #d79553ca
+# %% ../../nbs/ode/11_checkpoint.ipynb #78b8fb45
 def add(totals:list, new:list) -> list:
     "Sums of gradients, of which some may be None."
     return [a if b is None else b if a is None else a + b for a, b in zip(totals, new)]
@@ -95,7 +108,7 @@ def step_by_step(job:Job, t:Tensor|None, tensors:list, g:Tensor) -> list:
     args, f = job.leaves(tensors)
     inputs = [*args, *tensors[len(args):]]
     wanted, kept = [x for x in inputs if x.requires_grad], job.run.steps
-    tracer = Retracer(job, job.around(f, wanted) if job.around else f)
+    tracer = Retracer(job, job.around(job.known.around(f), wanted) if job.around else f)
     runner = Runner(tracer)
     y_bar = g[job.run.reached[0]:].sum(0)     # observations that a failed solve did not reach: all its last state
     totals = [None] * (len(wanted) + (t is not None))
@@ -108,22 +121,27 @@ def step_by_step(job:Job, t:Tensor|None, tensors:list, g:Tensor) -> list:
     given = iter(totals)
     return [y_bar + g[:at_start].sum(0), t_bar, *[next(given) if x.requires_grad else None for x in inputs]]
 
+# %% ../../nbs/ode/11_checkpoint.ipynb #2a92dea6
 def whole_graph(job:Job, y0:Tensor, t:Tensor|None, tensors:list, g:Tensor) -> list:
     "The same with a graph of its own, so that it can be differentiated again; memory as with `direct`."
-    grid = [start for start, _ in job.run.steps.spans] + [job.plan.times[-1]]
+    n, end = job.run.reached
+    grid, times = [start for start, _ in job.run.steps.spans] + [end], job.plan.times[:n]
+    if times[-1] != end: times = [*times, end]        # where a solve that failed got to
     f = job.plan.rebind(tensors[:len(job.args)])
-    plan = replace(job.plan, f=f, y0=y0, k0=None, keep_dense=False, grid=lambda times: grid)
-    y = march(plan, t, differentiable=True).y
+    plan = replace(job.plan, f=f, y0=y0, times=times, k0=None, keep_dense=False, grid=lambda times: grid)
+    y = march(plan, None if t is None else t[:n], differentiable=True).y
+    y = torch.cat([y[:n], y[-1].expand(len(job.plan.times) - n, *y0.shape)])
     inputs = [y0, t, *tensors]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, g, create_graph=True, allow_unused=True))
     return [next(found) if x is not None and x.requires_grad else None for x in inputs]
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #37c12a31
+# %% ../../nbs/ode/11_checkpoint.ipynb #9da7595b
 class CheckpointSolve(torch.autograd.Function):
     "Solve without a graph; retrace the accepted steps backward. Exact, with the states that `job.checkpoint` keeps."
     @staticmethod
     def forward(ctx, job:Job, y0:Tensor, t:Tensor|None, *tensors:Tensor) -> Tensor:
+        job.plan = replace(job.plan, options={**job.plan.options, 'retraced': True})
         job.run = march(job.plan, keep_steps=Kept(job.checkpoint))
         y, job.run.y = job.run.y, None      # an output must not be kept by its own graph: that is a cycle, and a leak
         ctx.job = job
@@ -135,5 +153,6 @@ class CheckpointSolve(torch.autograd.Function):
         y0, t, *tensors = ctx.saved_tensors
         t = t if ctx.needs_input_grad[2] else None
         with torch.autocast(g.device.type, enabled=False):
+            ctx.job.unchanged()
             if torch.is_grad_enabled(): return None, *whole_graph(ctx.job, y0, t, tensors, g)
             return None, *step_by_step(ctx.job, t, tensors, g)

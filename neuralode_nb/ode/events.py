@@ -165,7 +165,7 @@ def with_time(g:Callable, f:Callable, t:Tensor, y:Tensor) -> tuple:
     moved = t.detach() - Quotient.apply(g(t.detach(), y), slope)
     return moved, y + k * (moved - t.detach())
 
-# %% ../../nbs/ode/39_events.ipynb #e6e63f0b
+# %% ../../nbs/ode/39_events.ipynb #c582d611
 def stretch(job:Job, start:Tensor, y:Tensor, ts:Tensor, watch:Watch|None, gradient:str) -> tuple:
     "(run, states at ts[1:], the last of them where the event is)."
     times = ts.detach().tolist()
@@ -174,14 +174,14 @@ def stretch(job:Job, start:Tensor, y:Tensor, ts:Tensor, watch:Watch|None, gradie
     with torch.no_grad(): run = march(replace(plan, y0=y.detach(), watch=watch))
     graph = wants_gradient(y, start, ts, *job.args, *(named_tensors(plan.source).values()))
     seen = [x for x in times[1:] if (run.reached[1] - x) * plan.sign >= 0]
-    if not graph or run.failure is not None: return run, run.y[1:1 + len(seen)], run.y[-1]
+    if not graph: return run, run.y[1:1 + len(seen)], run.y[-1]
     stops = [*times[:1 + len(seen)], *([run.reached[1]] if not seen or seen[-1] != run.reached[1] else [])]
     if len(stops) == 1: return run, y[None][:0], y
     where = torch.cat([start.reshape(1), ts[1:1 + len(seen)], ts.new_tensor(stops[1 + len(seen):])])
     plan = replace(plan, times=stops, budget=Budget())
     again = differentiable_march(replace(job, plan=plan), where if where.requires_grad else None, gradient)
     run.stats.f_evals += again.stats.f_evals
-    return replace(run, failure=again.failure), again.y[1:1 + len(seen)], again.y[-1]
+    return replace(run, failure=run.failure or again.failure), again.y[1:1 + len(seen)], again.y[-1]
 
 # %% ../../nbs/ode/39_events.ipynb #fe58236d
 def number(g:Callable, i:int) -> Callable:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'CONTINUOUS', 'EXPLICIT', 'MATRIX_FREE', 'REASONS', 'differentiable_march', 'wants_gradient', 'first_counted',
-           'reason_against', 'refuse']
+           'reason_against', 'refuse_transform', 'refuse']
 
-# %% ../../nbs/ode/13_gradient.ipynb #efa14dde
+# %% ../../nbs/ode/13_gradient.ipynb #3ba1a08e
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .adams import AdamsStepper
 from .adjoint import AdjointSolve
+from .base import transformed
 from .along import gauss, interpolated
 from .checkpoint import CheckpointSolve, Job
 from .control import Stops
@@ -21,12 +22,12 @@ from .fixed_adams import FixedAdamsStepper
 from .forward import ForwardSolve
 from .imex import ImexStepper
 from .loop import Run, march
-from .parameters import named_tensors, touched
+from .parameters import Known, named_tensors, touched
 from .steps import Clock, ExplicitStepper, Plan
 from .symplectic import stage_by_stage
 from .undo import UndoSolve
 
-# %% ../../nbs/ode/13_gradient.ipynb #2dfc741a
+# %% ../../nbs/ode/13_gradient.ipynb #13dfbaec
 WAYS = {'checkpoint': (CheckpointSolve, {}), 'symplectic': (CheckpointSolve, {'around': stage_by_stage}),
         'reversible': (UndoSolve, {}), 'forward': (ForwardSolve, {}),
         'adjoint': (AdjointSolve, {}), 'interpolated': (AdjointSolve, {'back': interpolated}),
@@ -38,20 +39,24 @@ MATRIX_FREE = *EXPLICIT, AdamsStepper, FixedAdamsStepper      # steps that solve
 def differentiable_march(job:Job, t:Tensor|None, how:str) -> Run:
     "Solve a plan so that its result carries a gradient, if anything asks for one."
     plan = job.plan
-    if how == 'direct' or not torch.is_grad_enabled() or plan.times[0] == plan.times[-1]:
-        refuse(job, t, how, named_tensors(plan.source).values())
-        return march(plan, t, differentiable=torch.is_grad_enabled())
+    graph, inside = torch.is_grad_enabled(), transformed()
+    if how == 'direct' or not graph or inside or plan.times[0] == plan.times[-1]:
+        if inside: refuse_transform(plan)
+        else: refuse(job, t, how, named_tensors(plan.source).values())
+        return march(plan, t, differentiable=graph or inside)
     args, f = job.leaves(job.args)
-    params = job.params
+    params, read = job.params, ()
     if params is None:
         clock, stops = Clock(plan), Stops.of(plan)
         nudge = plan.sign if plan.times[0] in stops.jumps else 0.
-        plan.k0, params = touched(f, clock(plan.times[0], nudge), plan.y0, plan.source, args)
+        plan.k0, params, read = touched(f, clock(plan.times[0], nudge), plan.y0, plan.source, args)
     tensors, (function, settings) = [*job.args, *params], WAYS[how]
     if not wants_gradient(plan.y0, t, *tensors): return first_counted(march(plan), plan)
     refuse(job, t, how, params)
-    job = replace(job, plan=replace(plan, y0=plan.y0.detach()), how=how, **settings)
+    job = replace(job, plan=replace(plan, y0=plan.y0.detach()), known=Known([*tensors, plan.y0]), how=how, **settings)
+    before = [x._version for x in read]
     y = function.apply(job, plan.y0, t, *tensors)
+    job.frozen = [(x, x._version) for x, version in zip(read, before) if x._version == version]    # f does not write to it
     return first_counted(replace(job.run, y=y, dense=None), plan)
 
 # %% ../../nbs/ode/13_gradient.ipynb #965f7e7f
@@ -64,27 +69,44 @@ def first_counted(run:Run, plan:Plan) -> Run:
     run.stats.f_evals += plan.k0 is not None
     return run
 
-# %% ../../nbs/ode/13_gradient.ipynb #054ad6ad
+# %% ../../nbs/ode/13_gradient.ipynb #b94f3246
 REASONS = {
     'black box': "is a black box without a graph: use gradient='adjoint', or solve under torch.no_grad()",
-    'remembers': "takes steps that depend on those before, which cannot be taken again one by one: use gradient='direct', "
-                 "or Adjoint(method='tsit5')",
-    'implicit': "solves equations in its steps, for which this gradient is not defined: use gradient='checkpoint', which is exact too",
+    'undone': "takes steps with more than the state in them: use gradient='reversible', which is exact and keeps nothing, or "
+              "'direct'",
+    'remembers': "takes steps that depend on those before, which cannot be taken again one by one: use "
+                 "gradient='direct', or Adjoint(method='tsit5')",
+    'implicit': "solves equations in its steps, for which this gradient is not defined: use gradient='checkpoint', which is "
+                "exact too",
     'one way': "cannot be undone: use gradient='checkpoint', or a method with an inverse: Reversible('tsit5'), 'reversible_heun', "
                "'alf', 'leapfrog' or 'yoshida4'",
     'large': "cannot run backward, since the adjoint's state holds a number for each parameter: name an explicit method for that, "
              "Adjoint(method='tsit5'), or use gradient='gauss', 'checkpoint' or 'direct'",
+    'relative': "is asked for an atol of zero, which the adjoint's parameters, zero at the end, cannot meet: use "
+                "Adjoint(atol=1e-8), "
+                "gradient='gauss' or 'checkpoint'",
     'split': "cannot run the adjoint backward, which is no sum of two parts: use Adjoint(kind='gauss', method='kvaerno5') or "
              "gradient='checkpoint'"}
 
 def reason_against(plan:Plan, how:str, backward:Plan) -> str|None:
     "Why a gradient is not defined for a method, as a key of `REASONS`."
     if not getattr(plan.method, 'differentiable', True) and how != 'adjoint': return 'black box'
-    if how in ('checkpoint', 'symplectic') and not plan.one_step: return 'remembers'
+    if how in ('checkpoint', 'symplectic', 'forward', 'reversible') and not plan.one_step:
+        inverse = hasattr(plan.method, 'back')
+        if not (inverse and how == 'reversible'): return 'undone' if inverse else 'remembers'
     if how in ('symplectic', 'forward') and plan.stepper not in EXPLICIT: return 'implicit'
     if how == 'reversible' and not hasattr(plan.method, 'back'): return 'one way'
-    if how in ('adjoint', 'interpolated') and backward.stepper not in MATRIX_FREE: return 'large'
+    if how in ('adjoint', 'interpolated') and backward.stepper not in MATRIX_FREE:
+        return 'undone' if hasattr(backward.method, 'back') else 'large'
+    if how in ('adjoint', 'interpolated') and backward.grid is None and not torch.as_tensor(backward.atol).all(): return 'relative'
     return 'split' if how == 'gauss' and backward.stepper is ImexStepper else None
+
+# %% ../../nbs/ode/13_gradient.ipynb #e51b7527
+def refuse_transform(plan:Plan):
+    "Raises ValueError for methods through which the transforms of torch.func cannot see."
+    if plan.stepper in EXPLICIT: return
+    raise ValueError(f"method={plan.method.name!r} cannot be solved inside a transform of torch.func (grad, vmap, jvp, …) or with "
+                     "forward-mode tensors: use an explicit method such as 'tsit5', or torch.autograd and batch='sample'")
 
 def refuse(job:Job, t:Tensor|None, how:str, params):
     "Raises ValueError if a gradient is wanted that is not defined here."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SampleLayout', 'SampleClock', 'wide', 'next_each', 'by_rule', 'first_each', 'Lengths', 'Landings', 'Fates',
-           'freeze_stuck', 'move', 'SampleSteps', 'polynomial', 'cause', 'finish', 'SampleOutput', 'sample_parts']
+           'freeze_stuck', 'move', 'SampleSteps', 'polynomial', 'cause', 'finish', 'moved', 'SampleOutput',
+           'sample_parts']
 
 # %% ../../nbs/ode/37_sample.ipynb #55f85e2c
 import torch
@@ -58,7 +59,7 @@ def wide(x:Tensor, like:Tensor) -> Tensor:
     "One number for each sample, to broadcast with a state."
     return x.view(-1, *[1] * (like.ndim - 1))
 
-# %% ../../nbs/ode/37_sample.ipynb #a019c58b
+# %% ../../nbs/ode/37_sample.ipynb #f5c79d3d
 def next_each(
     c:PID, state:tuple,   # (last ratio, the one before, was the last step rejected), each (samples,)
     ratio:Tensor,         # error / allowed of each sample
@@ -78,8 +79,7 @@ def next_each(
 
 def by_rule(controller, state:tuple, ratio:Tensor, order:int) -> tuple:
     "A controller of the user's own, asked for one sample after another."
-    asked = [controller.next(s, r, order) for s, r in zip(state, ratio.tolist())]
-    accepted, factor, state = zip(*asked)
+    accepted, factor, state = zip(*[controller.next(s, r, order) for s, r in zip(state, ratio.tolist())])
     return torch.tensor(accepted, device=ratio.device), torch.tensor(factor).to(ratio), list(state)
 
 # %% ../../nbs/ode/37_sample.ipynb #fd16ccb5
@@ -148,7 +148,7 @@ class Landings:
         moved = now + (until - at)          # an inner time moves with the start, as on the page Steps
         return torch.where(active & lands, torch.where(landed == self.last, self.final, landed), moved)
 
-# %% ../../nbs/ode/37_sample.ipynb #bc4eb732
+# %% ../../nbs/ode/37_sample.ipynb #0acd4c17
 class Fates:
     "Who is still on the way, at what cost, and why others are not."
     def __init__(self, active:Tensor):
@@ -164,8 +164,7 @@ class Fates:
     def count(self, accepted:Tensor, h:Tensor, f_evals:int):
         "Note an attempt of all active samples."
         self.charge(self.active, f_evals)
-        self.accepted += accepted
-        self.rejected += self.active & ~accepted
+        self.accepted, self.rejected = self.accepted + accepted, self.rejected + (self.active & ~accepted)
         self.shortest = torch.minimum(self.shortest, h.where(accepted, torch.inf))
         self.longest = torch.maximum(self.longest, h.where(accepted, 0.))
 
@@ -259,7 +258,13 @@ def finish(self, plan:Plan, steps, last:tuple, failure, kept:list) -> Run:
     failures = {i: cause(plan, self.stepper, f, last) for i, f in sorted(failures.items())}
     return Run(y, steps.fates.stats(self.stepper.stats), failures or None, dense, kept, last[0].detach())
 
-# %% ../../nbs/ode/37_sample.ipynb #c27cdb54
+# %% ../../nbs/ode/37_sample.ipynb #76e6ab5c
+def moved(output:'SampleOutput', b:Tensor, n:Tensor, y:Tensor, end:Tensor) -> Tensor:
+    "y, and the slope that the step arrived with times how far an observation is from its end: zero, but for its gradient."
+    with torch.no_grad(): k = output.stepper.f(output.stepper.clock(end, output.stepper.inside(end, -1.)), y)
+    return y[b] + wide((output.t[b, n] - end[b]).to(output.plan.layout.time), y) * k[b]
+
+# %% ../../nbs/ode/37_sample.ipynb #997faa17
 class SampleOutput:
     "States of each sample at its own times."
     def __init__(self, plan:Plan, stepper, t:Tensor):
@@ -268,18 +273,18 @@ class SampleOutput:
         self.keys, self.at, self.pieces = plan.each * stepper.clock.sign[:, None], [], []
         self.store(plan.each == plan.each[:, :1], plan.y0)
 
-    def store(self, mask:Tensor, y:Tensor):
-        "y of each sample at the times in the mask (samples, times)."
+    def store(self, mask:Tensor, y:Tensor, end:Tensor|None=None):
+        "y of each sample at the times in the mask (samples, times), which move along the solution if it is the end of a step."
         b, n = mask.nonzero(as_tuple=True)
         self.at.append((n, b))
-        self.pieces.append(y[b])
+        self.pieces.append(y[b] if end is None or not self.t.requires_grad else moved(self, b, n, y, end))
 
     def take(self, start:Tensor, end:Tensor, y:Tensor, y1:Tensor, accepted:Tensor):
         "Observations in (start, end] of the samples whose attempt counts."
         sign, low, high = self.stepper.clock.sign, start.detach(), end.detach()
         passed = (self.keys > (low * sign)[:, None]) & (self.keys <= (high * sign)[:, None]) & accepted[:, None]
         at_end = passed & (self.plan.each == high[:, None])
-        if at_end.any(): self.store(at_end, y1)
+        if at_end.any(): self.store(at_end, y1, end)
         if (inner := passed & ~at_end).any(): self.read_off(inner, start, end, y, y1)
         if self.kept is None: return
         b, rows = accepted.nonzero()[:, 0], self.stepper.piece(y1).unflatten(1, y.shape)

@@ -85,18 +85,19 @@ class Plan(Problem):
         "A stepper for this plan."
         return (self.stepper or ExplicitStepper)(self, clock, stats, jumps, differentiable)
 
-# %% ../../nbs/ode/09_steps.ipynb #6eeace8f
+# %% ../../nbs/ode/09_steps.ipynb #710f8c24
 class Clock:
     "Host times as tensors; as functions of the user's t, if that is differentiated."
     def __init__(self, plan:Plan, t:Tensor|None=None):
         self.dtype, self.device = plan.layout.time, plan.layout.device
-        self.t, self.index = (None, {}) if t is None else (t, {x: i for i, x in enumerate(plan.times)})
+        self.t, self.index = t, {}
+        if t is not None: self.index = {x: i for i, x in reversed([*enumerate(plan.times[:len(t)])])}    # the first of equal ones
         self.start, self.still, self.sign = plan.times[0], {*plan.step_t, *plan.jump_t}, plan.sign
         self.latest = None, None       # the end of a step is the start of the next
 
     def exact(self, x:float) -> Tensor:
         "Time x as a float64 function of t."
-        if x in self.index: return self.t[self.index[x]].double()
+        if x in self.index and (x == self.start or x not in self.still): return self.t[self.index[x]].double()
         if x in self.still: return torch.full((), x, dtype=torch.float64, device=self.t.device)
         return self.t[0].double() + (x - self.start)
 
