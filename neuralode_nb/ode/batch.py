@@ -225,7 +225,7 @@ def backward_steps(job:Job, t:Tensor|None, tensors:list, g:Tensor, *g_events:Ten
     given = iter(totals[len(leaf):])
     return [y_bar, t_bar, *[next(given) if x.requires_grad else None for x in inputs]]
 
-# %% ../../nbs/ode/38_batch.ipynb #3854b258
+# %% ../../nbs/ode/38_batch.ipynb #a1043015
 def march_samples(job:Job, t:Tensor|None, how:str) -> tuple:
     "Solve a plan per sample so that its result carries a gradient, if anything asks for one: run, times and states of events."
     plan, watch = job.plan, job.plan.watch
@@ -236,7 +236,8 @@ def march_samples(job:Job, t:Tensor|None, how:str) -> tuple:
     k, params, read = touched(f, SampleClock(plan)(plan.each[:, 0]), plan.y0, plan.source, args)
     plan.k0 = k if watch is None else k[:plan.y0.numel()].view_as(plan.y0).to(plan.y0.dtype)
     tensors = [*job.args, *params]
-    if not any(x is not None and x.requires_grad for x in (plan.y0, t, *tensors)): return found(march(plan))
+    if not any(x is not None and x.requires_grad for x in (plan.y0, t, *tensors)):
+        with torch.no_grad(): return found(march(plan))
     if how not in ('checkpoint', 'direct'): raise ValueError(
         f"gradient={how!r} is not available with batch='sample' and this method: use 'checkpoint' or 'direct'")
     if how == 'direct':

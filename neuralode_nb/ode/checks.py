@@ -54,7 +54,7 @@ def keep_autocast(f:Callable, device:torch.device) -> Callable:
     cast.summands = tuple(keep_autocast(part, device) for part in getattr(f, 'summands', ()))
     return cast
 
-# %% ../../nbs/ode/14_checks.ipynb #590288f7
+# %% ../../nbs/ode/14_checks.ipynb #dddc8a39
 def with_graph_inside(f:Callable) -> Callable:
     "f, called again with a graph of its own if it turns out to need one: a function (t, flat y) -> structure."
     needed = False
@@ -69,12 +69,12 @@ def with_graph_inside(f:Callable) -> Callable:
         if needed: return inside(t, y)
         try: return f(t, y)
         except RuntimeError as error:
-            if 'does not require grad' not in str(error): raise
+            if 'does not require grad' not in str(error) or transformed(): raise
         k, needed = inside(t, y), True
         return k
     return call
 
-# %% ../../nbs/ode/14_checks.ipynb #1ccd64ee
+# %% ../../nbs/ode/14_checks.ipynb #d62d850d
 def flat_field(
     f:Callable,     # (t, y) or (t, y, args), in the user's structure
     layout:Layout,
@@ -87,6 +87,7 @@ def flat_field(
         call = with_graph_inside(lambda t, y: f(t, y if same else y.to(layout.dtype), *more))
         def plain(t, y):
             k = call(t, y)
+            if isinstance(k, Tensor) and k.requires_grad and not torch.is_grad_enabled(): k = k.detach()
             fine = isinstance(k, Tensor) and k.shape == shape and (k.dtype, k.device) == kind
             return k if fine else received(k, shape, layout)
         plain.summands = parts

@@ -27,7 +27,7 @@ from .steps import Clock, ExplicitStepper, Plan
 from .symplectic import stage_by_stage
 from .undo import UndoSolve
 
-# %% ../../nbs/ode/13_gradient.ipynb #13dfbaec
+# %% ../../nbs/ode/13_gradient.ipynb #babaf07d
 WAYS = {'checkpoint': (CheckpointSolve, {}), 'symplectic': (CheckpointSolve, {'around': stage_by_stage}),
         'reversible': (UndoSolve, {}), 'forward': (ForwardSolve, {}),
         'adjoint': (AdjointSolve, {}), 'interpolated': (AdjointSolve, {'back': interpolated}),
@@ -51,7 +51,8 @@ def differentiable_march(job:Job, t:Tensor|None, how:str) -> Run:
         nudge = plan.sign if plan.times[0] in stops.jumps else 0.
         plan.k0, params, read = touched(f, clock(plan.times[0], nudge), plan.y0, plan.source, args)
     tensors, (function, settings) = [*job.args, *params], WAYS[how]
-    if not wants_gradient(plan.y0, t, *tensors): return first_counted(march(plan), plan)
+    if not wants_gradient(plan.y0, t, *tensors):
+        with torch.no_grad(): return first_counted(march(plan), plan)
     refuse(job, t, how, params)
     job = replace(job, plan=replace(plan, y0=plan.y0.detach()), known=Known([*tensors, plan.y0]), how=how, **settings)
     before = [x._version for x in read]
