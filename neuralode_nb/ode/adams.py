@@ -6,14 +6,14 @@
 __all__ = ['MOULTON', 'newton_basis', 'integrals', 'moulton', 'matrix', 'Slopes', 'AdamsSteps', 'estimates', 'falls', 'choose',
            'AdamsStepper', 'adams']
 
-# %% ../../nbs/ode/31_adams.ipynb #2e9d6b9c
+# %% ../../nbs/ode/31_adams.ipynb #4966704f
 from functools import cache
 from typing import Callable
 
 import torch
 from torch import Tensor
 
-from .differences import Multistep, alike, grown, scale_of
+from .differences import Multistep, alike, grown, scale_of, number
 from .steps import Carried, Plan
 
 # %% ../../nbs/ode/31_adams.ipynb #28db656d
@@ -122,12 +122,12 @@ class AdamsSteps(Carried):
 
     def piece(self, y1:Tensor) -> Tensor: return self.past.polynomial(self.d, self.limit + 1) * self.length
 
-# %% ../../nbs/ode/31_adams.ipynb #325a08cc
+# %% ../../nbs/ode/31_adams.ipynb #58506df7
 def estimates(s:'AdamsSteps') -> Callable:
     "j -> E_j of the last attempt, j from k - 2 to k + 1."
-    k, h, scale, sigma, reach = s.used, abs(float(s.length)), scale_of(s.plan, s.y, s.y1), [1.], 0.
+    k, h, scale, sigma, reach = s.used, abs(number(s.length)), scale_of(s.plan, s.y, s.y1), [1.], 0.
     for i, length in enumerate([s.length, *s.past.lengths][:k]):
-        reach += abs(float(length))
+        reach += abs(number(length))
         sigma.append(sigma[-1] * (i + 1) * h / reach)
     def error(j):
         row = s.d if j == k else s.ahead[j:j + 1] + s.d if j < k else s.d - s.past.table[k:j]
@@ -158,7 +158,7 @@ def choose(
     if size * 2**(level + 1) <= .5: return level, 2., False
     return level, 1. if size <= .5 else max(.5, min(.9, (.5 / size)**(1 / (level + 1)))), False
 
-# %% ../../nbs/ode/31_adams.ipynb #bfe57fd6
+# %% ../../nbs/ode/31_adams.ipynb #31235e90
 class AdamsStepper(AdamsSteps):
     "Variable step, variable order, PECE with local extrapolation."
     def restart(self):
@@ -168,7 +168,7 @@ class AdamsStepper(AdamsSteps):
 
     def error(self) -> Tensor:
         "$h (g_{k+1} - g_k) d$, flat: what the last correction added."
-        return float(torch.as_tensor(self.length).detach()) * float(self.past.g[-1] - self.past.g[-2]) * self.d.detach().reshape(-1)
+        return number(self.length) * number(self.past.g[-1] - self.past.g[-2]) * self.d.detach().reshape(-1)
 
     def advise(self, accepted:bool, factor:float) -> float:
         "Set the next order, and return the factor of the step; after three rejections begin again at order one."

@@ -27,7 +27,7 @@ from .steps import Clock, ExplicitStepper, Plan
 from .symplectic import stage_by_stage
 from .undo import UndoSolve
 
-# %% ../../nbs/ode/13_gradient.ipynb #babaf07d
+# %% ../../nbs/ode/13_gradient.ipynb #a2c7f58d
 WAYS = {'checkpoint': (CheckpointSolve, {}), 'symplectic': (CheckpointSolve, {'around': stage_by_stage}),
         'reversible': (UndoSolve, {}), 'forward': (ForwardSolve, {}),
         'adjoint': (AdjointSolve, {}), 'interpolated': (AdjointSolve, {'back': interpolated}),
@@ -50,6 +50,9 @@ def differentiable_march(job:Job, t:Tensor|None, how:str) -> Run:
         clock, stops = Clock(plan), Stops.of(plan)
         nudge = plan.sign if plan.times[0] in stops.jumps else 0.
         plan.k0, params, read = touched(f, clock(plan.times[0], nudge), plan.y0, plan.source, args)
+        for x in stops.jumps - {plan.times[0]}:      # beyond a jump f may use other parameters
+            found = {id(p): p for p in (*params, *touched(f, clock(x, plan.sign), plan.y0, plan.source, args)[1])}
+            params = tuple(found.values())
     tensors, (function, settings) = [*job.args, *params], WAYS[how]
     if not wants_gradient(plan.y0, t, *tensors):
         with torch.no_grad(): return first_counted(march(plan), plan)
@@ -70,7 +73,7 @@ def first_counted(run:Run, plan:Plan) -> Run:
     run.stats.f_evals += plan.k0 is not None
     return run
 
-# %% ../../nbs/ode/13_gradient.ipynb #b94f3246
+# %% ../../nbs/ode/13_gradient.ipynb #d4f6e270
 REASONS = {
     'black box': "is a black box without a graph: use gradient='adjoint', or solve under torch.no_grad()",
     'undone': "takes steps with more than the state in them: use gradient='reversible', which is exact and keeps nothing, or "
@@ -95,6 +98,7 @@ def reason_against(plan:Plan, how:str, backward:Plan) -> str|None:
     if how in ('checkpoint', 'symplectic', 'forward', 'reversible') and not plan.one_step:
         inverse = hasattr(plan.method, 'back')
         if not (inverse and how == 'reversible'): return 'undone' if inverse else 'remembers'
+    if how in ('interpolated', 'gauss') and hasattr(plan.method, 'back') and not plan.one_step: return 'undone'
     if how in ('symplectic', 'forward') and plan.stepper not in EXPLICIT: return 'implicit'
     if how == 'reversible' and not hasattr(plan.method, 'back'): return 'one way'
     if how in ('adjoint', 'interpolated') and backward.stepper not in MATRIX_FREE:

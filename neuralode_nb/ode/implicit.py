@@ -31,13 +31,13 @@ def share(rtol, dtype:torch.dtype, part:float=1.) -> float:
     smallest = max(float(rtol.min()) if isinstance(rtol, Tensor) else rtol, 1e-14)
     return max(10 * torch.finfo(dtype).eps / smallest, part * min(.03, smallest**.5))
 
-# %% ../../nbs/ode/25_implicit.ipynb #4729fa49
+# %% ../../nbs/ode/25_implicit.ipynb #27623a89
 SLOW = .05     # ρ above which a new Jacobian pays
 RENEWALS = 20  # of the Jacobian in a step of fixed length
 
 def tightness(plan:Plan, differentiable:bool) -> float:
     "Which part of κ: a gradient that retraces steps must meet the numbers again that it differentiates."
-    return 1e-3 if differentiable or plan.options.get('retraced') else 1.
+    return 1e-6 if differentiable or plan.options.get('retraced') else 1.
 
 class Equations:
     "Solves the equations of steps, with one Jacobian for as many steps as it serves."
@@ -45,7 +45,9 @@ class Equations:
         self.space, self.each, self.fixed = Rows(plan.y0, plan.samples), plan.each is not None, plan.grid is not None
         self.linear = Linearization(self.space.field(plan.f), stats, user_jacobian(plan, self.space))
         self.rtol, self.atol = self.space.like_rows(plan.rtol), self.space.like_rows(plan.atol)
-        self.enough, self.failed = share(plan.rtol, plan.y0.dtype.to_real(), tightness(plan, differentiable)), False
+        part = tightness(plan, differentiable)
+        self.enough, self.failed = share(plan.rtol, plan.y0.dtype.to_real(), part), False
+        self.most = ITERATIONS if part == 1. else 2 * ITERATIONS
         make = plan.options.get('finder')
         self.finder = make and make(plan, self)      # another way to roots than Newton's
 
@@ -66,7 +68,7 @@ class Equations:
         "Drop a Jacobian with which the iterations were slow; a sample's own must not be a neighbour's choice."
         if self.rate > SLOW or self.each or jump: self.linear.J = None
 
-# %% ../../nbs/ode/25_implicit.ipynb #e3a60bd9
+# %% ../../nbs/ode/25_implicit.ipynb #3a1c6554
 def root(
     equations:Equations,
     residual:Callable,          # z -> what should be zero
@@ -79,7 +81,7 @@ def root(
     while True:
         divide = factor().solve
         direction = lambda z, r, rate, active, divide=divide: divide(r)
-        found = iterate(residual, z, direction, norm or equations.norm, equations.enough, ITERATIONS)
+        found = iterate(residual, z, direction, norm or equations.norm, equations.enough, equations.most)
         if equations.each:
             equations.failed = equations.failed | ~found.converged
             return found.z

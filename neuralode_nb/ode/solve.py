@@ -77,7 +77,7 @@ def refuse_dense(plan:Plan, gradient:str, t, *inputs):
         raise ValueError(f"dense=True gives a differentiable function of time only with gradient='direct', not "
                          f"{gradient!r}: use that, or solve under torch.no_grad()")
 
-# %% ../../nbs/ode/15_solve.ipynb #1179c7ab
+# %% ../../nbs/ode/15_solve.ipynb #1aba15fd
 def check_batch(batch, events) -> bool:
     "Has every sample its own steps? Raises ValueError for what is neither."
     if batch in ('joint', 'sample'):
@@ -92,10 +92,7 @@ def sample_gradient(gradient, method) -> tuple:
     name = {'auto': 'checkpoint'}.get(gradient_name(gradient), gradient_name(gradient))
     if name == 'symplectic' and stepper_of(unwrap(method)[0]) is ExplicitStepper: name, around = 'checkpoint', stage_by_stage
     else: around = None
-    if getattr(gradient, 'states', None) is not None:
-        raise ValueError(f"Checkpoint(states={gradient.states!r}) is not available with batch='sample', where the steps of all "
-                         "samples "
-                         "are kept: leave it out")
+    if getattr(gradient, 'states', None) is not None: name = gradient      # refused where a gradient is wanted
     return name, around
 
 # %% ../../nbs/ode/15_solve.ipynb #a944a263
