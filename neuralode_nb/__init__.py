@@ -13,5 +13,5 @@ from neuralode_nb.ode.ways import Adjoint
 
 __version__ = "0.1.0"
 
-__all__ = ["METHODS", "PID", "Adjoint", "Checkpoint", "Event", "Implicit", "Solution", "SolveError", "Status", "Tableau", "check_gradient",
-           "odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "solve"]
+__all__ = ["METHODS", "PID", "Adjoint", "Checkpoint", "Event", "Implicit", "Solution", "SolveError", "Status", "Tableau",
+           "check_gradient", "odeint", "odeint_adjoint", "odeint_dense", "odeint_event", "solve"]

@@ -239,7 +239,9 @@ FAULTS = {
     "samples without an axis": Refused(dict(y0=torch.tensor(1.), batch="sample"), ValueError, ["first axis of samples"]),
     "samples of several lengths": Refused(
         dict(y0=(ONE, torch.ones(2).double()), batch="sample"), ValueError, ["first axis of samples"]),
-    "samples with the adjoint": Refused(dict(batch="sample", gradient="adjoint"), ValueError, ["adjoint", "batch='sample'"]),
+    "samples with the adjoint": Refused(
+        dict(batch="sample", gradient="adjoint", y0=torch.ones(2, 1, dtype=torch.float64, requires_grad=True)), ValueError,
+        ["adjoint", "batch='sample'"], calls=1),
     "samples left to auto": Refused(dict(batch="sample", method="auto"), ValueError, ["auto", "per sample"]),
     "samples with a method that cannot": Refused(dict(batch="sample", method="radau5"), ValueError, ["radau5", "per sample"]),
     "samples with too many rows of times": Refused(dict(batch="sample", t=torch.zeros(3, 2)), ValueError, ["t"]),

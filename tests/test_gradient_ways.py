@@ -430,9 +430,9 @@ def test_a_field_that_differentiates_inside(way, method):
 @pytest.mark.parametrize("way, method", INSIDE, ids=inside_ids)
 def test_a_field_that_differentiates_inside_where_no_gradient_is_wanted(way, method, context, request):
     if context == "inference_mode" and method in ("kvaerno3", "bdf", "rodas5p", "radau5"):
-        request.applymarker(pytest.mark.xfail(reason="a Jacobian of such a field cannot be found in inference mode: use torch.no_grad()"))
+        request.applymarker(pytest.mark.xfail(reason="no Jacobian of such a field in inference mode: use torch.no_grad()"))
     if context == "nothing requires grad" and way == "direct":
-        request.applymarker(pytest.mark.xfail(reason="the graph that the field makes of its own is not cut off: use torch.no_grad()"))
+        request.applymarker(pytest.mark.xfail(reason="the field's own graph is not cut off: use torch.no_grad()"))
     torch.manual_seed(1)
     net, y0 = Hamiltonian().requires_grad_(context != "nothing requires grad"), torch.linspace(.1, 1, 8, **DOUBLE).view(2, 4)
     careful = lambda t, y: net(t, y.detach().requires_grad_())

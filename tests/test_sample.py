@@ -244,7 +244,8 @@ TWO = torch.ones(2, 1, dtype=D)
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(gradient="adjoint", y0=torch.ones(2, 1, dtype=D, requires_grad=True)), "gradient='adjoint' is not available with batch='sample'"),
+    (dict(gradient="adjoint", y0=torch.ones(2, 1, dtype=D, requires_grad=True)),
+     "gradient='adjoint' is not available with batch='sample'"),
     (dict(method="radau5"), "'radau5' cannot step per sample"),
     (dict(method="gl4", step_size=.1), "'gl4' cannot step per sample"),
     (dict(method="rk4"), "takes fixed steps"),

@@ -63,7 +63,7 @@ class Config:
     @classmethod
     def full(cls): return cls()
 
-# %% ../../nbs/experiments/04_gradients.ipynb #2a5438bd
+# %% ../../nbs/experiments/04_gradients.ipynb #035f039d
 def _on_images(config): return [label for label in config.ways if label != "forward" and "with" not in label]
 
 def _by_steps(record, config, device, method="midpoint"):
@@ -76,7 +76,11 @@ def _by_steps(record, config, device, method="midpoint"):
             slope = (rows[-1][1] - rows[-2][1])/(rows[-1][0] - rows[-2][0]) if len(rows) > 1 else 0.
             guess = (rows[-1][1] + slope*(n - rows[-1][0]))/2**20 if rows else 0.
             if guess > config.limit: record.notes.append(f"{label}: {n:,} steps left out, about {guess:,.0f} MiB")
-            elif not rows or rows[-1][0] == last[n]: rows.append([n, memory(task, label, method, step_size=1/n), None, None])
+            elif not rows or rows[-1][0] == last[n]:
+                size, lost = memory(task, label, method, step_size=1/n)
+                rows.append([n, size, None, None])
+                with record.attempt(0, f"steps: {label}, {n:,}"):
+                    if lost: raise lost
         if n <= config.timed:
             alive = [label for label, rows in found.items() if rows[-1][0] == n]
             for label, pair in times(task, alive, method, config.repeats, step_size=1/n).items(): found[label][-1][2:] = pair
@@ -93,7 +97,7 @@ def _exactness():
             found[f"{method}, {label}"] = apart(gradients(task, gradient, m, step_size=1/30)[0], exact)
     return found
 
-# %% ../../nbs/experiments/04_gradients.ipynb #68bd2633
+# %% ../../nbs/experiments/04_gradients.ipynb #13b61be8
 COLUMNS = ("digits", "error", "apart", "seconds", "f", "backward", "drifts")
 
 def _row(task, label, digits, config):
@@ -125,9 +129,9 @@ def _by_tolerance(record, name, config):
     at = {"rtol": 10.**-middle, "max_steps": config.max_steps}
     there = [label for label in labels if any(row[0] == middle for row in found[label])] if "Pol" not in name else []
     taken = times(task, there, "tsit5", config.repeats, **at) if "direct" in there else {}
-    return {"rows": found, "known": task.known, "costs": {x: [memory(task, x, "tsit5", **at), *taken[x]] for x in taken}}
+    return {"rows": found, "known": task.known, "costs": {x: [memory(task, x, "tsit5", **at)[0], *taken[x]] for x in taken}}
 
-# %% ../../nbs/experiments/04_gradients.ipynb #3b256252
+# %% ../../nbs/experiments/04_gradients.ipynb #707cc17a
 _BACKWARD = {"adjoint": "adjoint", "adjoint, seminorm": Adjoint(norm="seminorm"), "interpolated": "interpolated", "gauss": "gauss"}
 
 def _trained(samples, seed, epochs):
@@ -135,7 +139,7 @@ def _trained(samples, seed, epochs):
     seed_all(seed)
     field, head = MLP(64, 128, time=True), nn.Linear(64, 10)
     optimizer = torch.optim.Adam([*field.parameters(), *head.parameters()], 1e-2)
-    for epoch in range(epochs):
+    for _ in range(epochs):
         loader = batches(samples, 128, seed=seed)
         for x, label in loader:
             optimizer.zero_grad()

@@ -139,11 +139,14 @@ def image_task(
     y0, w = draw(1, channels, size, size), draw(channels, seen, 3, 3)/(3*seen**.5)
     return Task(_convolution, y0.to(device, dtype), w.to(device, dtype), [0., 1.])
 
-# %% ../../nbs/lab/10_gradient_problems.ipynb #e9a5921f
-def memory(task:Task, label:str, method:str, **options)->int:
-    "Bytes at the peak of one gradient; `options` as for `gradients`."
-    gradient, method = settings(label, method)
-    return peak_memory(lambda: gradients(task, gradient, method, **options), task.y0.device)
+# %% ../../nbs/lab/10_gradient_problems.ipynb #fca06211
+def memory(task:Task, label:str, method:str, **options)->tuple:
+    "Bytes at the peak of one gradient, and the error of one that is lost in the end; `options` as for `gradients`."
+    lost = []
+    def work():
+        try: gradients(task, *settings(label, method), **options)
+        except Lost as error: lost.append(error)
+    return peak_memory(work, task.y0.device), lost[0] if lost else None
 
 def _now(device):
     "Seconds: of the processor, or on a GPU those on the clock."

@@ -225,7 +225,7 @@ def backward_steps(job:Job, t:Tensor|None, tensors:list, g:Tensor, *g_events:Ten
     given = iter(totals[len(leaf):])
     return [y_bar, t_bar, *[next(given) if x.requires_grad else None for x in inputs]]
 
-# %% ../../nbs/ode/38_batch.ipynb #a1043015
+# %% ../../nbs/ode/38_batch.ipynb #37c4ec2c
 def march_samples(job:Job, t:Tensor|None, how:str) -> tuple:
     "Solve a plan per sample so that its result carries a gradient, if anything asks for one: run, times and states of events."
     plan, watch = job.plan, job.plan.watch
@@ -235,7 +235,7 @@ def march_samples(job:Job, t:Tensor|None, how:str) -> tuple:
     if watch is not None: f = watch.events.bound(args).all_with(f)
     k, params, read = touched(f, SampleClock(plan)(plan.each[:, 0]), plan.y0, plan.source, args)
     plan.k0 = k if watch is None else k[:plan.y0.numel()].view_as(plan.y0).to(plan.y0.dtype)
-    tensors = [*job.args, *params]
+    tensors, before = [*job.args, *params], [x._version for x in read]
     if not any(x is not None and x.requires_grad for x in (plan.y0, t, *tensors)):
         with torch.no_grad(): return found(march(plan))
     if how not in ('checkpoint', 'direct'): raise ValueError(
@@ -245,7 +245,6 @@ def march_samples(job:Job, t:Tensor|None, how:str) -> tuple:
         y, when, states, kept = all_steps(job, t)
         return replace(job.run, y=y, dense=kept), when, states
     job = replace(job, plan=replace(plan, y0=plan.y0.detach()), known=Known([*tensors, plan.y0]))
-    before = [x._version for x in read]
     y, *happened = SampleSolve.apply(job, plan.y0, t, *tensors)
     job.frozen = [(x, x._version) for x, version in zip(read, before) if x._version == version]
     return replace(job.run, y=y), *happened

@@ -6,7 +6,7 @@
 __all__ = ['KAPPA', 'GAMMA', 'ALPHA', 'ERROR', 'NEWTON', 'RENEWALS', 'CAUTION', 'respaced', 'equal', 'powers', 'Backward',
            'direction', 'Corrector', 'known', 'BdfSteps', 'BdfStepper', 'bdf']
 
-# %% ../../nbs/ode/33_bdf.ipynb #b9972300
+# %% ../../nbs/ode/33_bdf.ipynb #1bce3aef
 import math
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .base import Status
-from .differences import Multistep, alike, grown, scale_of, sums
+from .differences import Multistep, alike, grown, number, scale_of, sums
 from .implicit import share
 from .linearize import Linearization, Rows, user_jacobian
 from .roots import differentiable_root, iterate
@@ -51,7 +51,7 @@ def powers(k:int, rows:int, dtype:torch.dtype, device:torch.device) -> Tensor:
         columns.append([*c[1:], *[0.] * (rows - j)])
     with torch.inference_mode(False): return torch.tensor(columns, dtype=dtype, device=device).t().contiguous()
 
-# %% ../../nbs/ode/33_bdf.ipynb #d258e7f7
+# %% ../../nbs/ode/33_bdf.ipynb #01878efd
 class Backward:
     "States and their differences at equal distances; takes new distances when it must."
     def __init__(self): self.table, self.equal_steps = None, 0
@@ -66,7 +66,7 @@ class Backward:
         if isinstance(length, Tensor) or not alike(length, self.length, end):
             ratio = length / self.length
             matrix = matrix @ respaced(level, ratio).to(matrix)
-            if abs(float(ratio) - 1) > 1e-3: self.equal_steps = 0
+            if abs(number(ratio) - 1) > 1e-3: self.equal_steps = 0
         else: length = self.length
         moved = matrix @ self.table[:level + 1]
         self.trial, self.level = length, level

@@ -27,7 +27,7 @@ from .steps import Clock, ExplicitStepper, Plan
 from .symplectic import stage_by_stage
 from .undo import UndoSolve
 
-# %% ../../nbs/ode/13_gradient.ipynb #a2c7f58d
+# %% ../../nbs/ode/13_gradient.ipynb #e679f4c3
 WAYS = {'checkpoint': (CheckpointSolve, {}), 'symplectic': (CheckpointSolve, {'around': stage_by_stage}),
         'reversible': (UndoSolve, {}), 'forward': (ForwardSolve, {}),
         'adjoint': (AdjointSolve, {}), 'interpolated': (AdjointSolve, {'back': interpolated}),
@@ -36,6 +36,7 @@ CONTINUOUS = 'adjoint', 'interpolated', 'gauss'
 EXPLICIT = None, ExplicitStepper
 MATRIX_FREE = *EXPLICIT, AdamsStepper, FixedAdamsStepper      # steps that solve no system with a Jacobian
 
+# %% ../../nbs/ode/13_gradient.ipynb #f81f6def
 def differentiable_march(job:Job, t:Tensor|None, how:str) -> Run:
     "Solve a plan so that its result carries a gradient, if anything asks for one."
     plan = job.plan

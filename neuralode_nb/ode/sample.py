@@ -148,7 +148,7 @@ class Landings:
         moved = now + (until - at)          # an inner time moves with the start, as on the page Steps
         return torch.where(active & lands, torch.where(landed == self.last, self.final, landed), moved)
 
-# %% ../../nbs/ode/37_sample.ipynb #0acd4c17
+# %% ../../nbs/ode/37_sample.ipynb #7bc1cc09
 class Fates:
     "Who is still on the way, at what cost, and why others are not."
     def __init__(self, active:Tensor):
@@ -165,8 +165,8 @@ class Fates:
         "Note an attempt of all active samples."
         self.charge(self.active, f_evals)
         self.accepted, self.rejected = self.accepted + accepted, self.rejected + (self.active & ~accepted)
-        self.shortest = torch.minimum(self.shortest, h.where(accepted, torch.inf))
-        self.longest = torch.maximum(self.longest, h.where(accepted, 0.))
+        low, high = h.where(accepted, torch.inf), h.where(accepted, 0.)
+        self.shortest, self.longest = self.shortest.minimum(low), self.longest.maximum(high)
 
     def freeze(self, which:Tensor, status:Status, at:Tensor, h:Tensor):
         "Mark samples as failed; the others go on."
