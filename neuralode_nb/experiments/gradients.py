@@ -31,7 +31,7 @@ from ..ode.base import SolveError
 from ..ode.solve import solve
 from ..ode.ways import Adjoint
 
-# %% ../../nbs/experiments/04_gradients.ipynb #93121b12
+# %% ../../nbs/experiments/04_gradients.ipynb #280f0020
 _STIFF = ("checkpoint with rodas5p", "gauss with rodas5p", "gauss with radau5", "gauss with bdf")
 
 @dataclass
@@ -58,7 +58,7 @@ class Config:
 
     @classmethod
     def smoke(cls):
-        ways = "direct", "checkpoint", "checkpoint log", "reversible", "adjoint", "gauss"
+        ways = "direct", "checkpoint", "checkpoint log", "reversible", "adjoint", "interpolated"
         return cls((4, 16), timed=4, repeats=1, problems=("linear, T=1",), ways=ways, digits=(4, 6), seeds=(0,), epochs=1)
     @classmethod
     def full(cls): return cls()

@@ -264,7 +264,7 @@ def moved(output:'SampleOutput', b:Tensor, n:Tensor, y:Tensor, end:Tensor) -> Te
     with torch.no_grad(): k = output.stepper.f(output.stepper.clock(end, output.stepper.inside(end, -1.)), y)
     return y[b] + wide((output.t[b, n] - end[b]).to(output.plan.layout.time), y) * k[b]
 
-# %% ../../nbs/ode/37_sample.ipynb #997faa17
+# %% ../../nbs/ode/37_sample.ipynb #f537c2a1
 class SampleOutput:
     "States of each sample at its own times."
     def __init__(self, plan:Plan, stepper, t:Tensor):
@@ -276,8 +276,7 @@ class SampleOutput:
     def store(self, mask:Tensor, y:Tensor, end:Tensor|None=None):
         "y of each sample at the times in the mask (samples, times), which move along the solution if it is the end of a step."
         b, n = mask.nonzero(as_tuple=True)
-        self.at.append((n, b))
-        self.pieces.append(y[b] if end is None or not self.t.requires_grad else moved(self, b, n, y, end))
+        self.at.append((n, b)); self.pieces.append(y[b] if end is None or not self.t.requires_grad else moved(self, b, n, y, end))
 
     def take(self, start:Tensor, end:Tensor, y:Tensor, y1:Tensor, accepted:Tensor):
         "Observations in (start, end] of the samples whose attempt counts."
