@@ -28,8 +28,8 @@ docs: env ## build the site into _docs (needs Quarto)
 	  echo "make docs needs Quarto: see quarto.org/docs/get-started (macOS: brew install --cask quarto)"; exit 1; }
 	@$(BIN)/nbdev_docs && $(PY) tests/readme.py && echo "The site is in _docs/index.html"
 
-bench: env ## compare speed and work with the other libraries
-	@for f in benchmarks/[a-z]*.py; do echo "── $$f"; OMP_NUM_THREADS=1 $(PY) "$$f" || exit 1; done
+bench: env ## compare speed and work with the other libraries; OPTIONS=--smoke takes a minute
+	@for f in benchmarks/[a-z]*.py; do echo "── $$f"; OMP_NUM_THREADS=1 $(PY) "$$f" $(OPTIONS) || exit 1; done
 
 prepare: env ## after editing notebooks: write the modules, strip metadata, write README.md
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(PY) tests/readme.py

@@ -46,11 +46,13 @@ def compare(ours, theirs):
     return {"median": middle, "low": low, "high": high}
 
 
-def save(name, config, data, notes=()):
-    "Write results/NAME/PROFILE.json and say where."
-    record = Record(name, "smoke" if SMOKE else "full", config, data=data, notes=list(notes), machine=machine("cpu"),
-                    command=f"python benchmarks/{name}.py" + " --smoke" * SMOKE, code=commit(),
-                    versions=versions() | {"torchdiffeq": sys.modules["torchdiffeq"].__version__})
-    path = record.save(results_folder())
+def save(name, config, data, notes=(), more=(), draw=None, **rest):
+    """Write results/NAME/PROFILE.json and say where; `more` are versions of other libraries, `rest` fields of the record.
+    With figures among them `draw(figure, path)` writes those."""
+    theirs = more or {"torchdiffeq": sys.modules["torchdiffeq"].__version__}
+    given = {"profile": "smoke" if SMOKE else "full", "command": f"python benchmarks/{name}.py" + " --smoke" * SMOKE} | rest
+    record = Record(name, config=config, data=data, notes=list(notes), machine=machine("cpu"), code=commit(),
+                    versions=versions() | theirs, **given)
+    path = record.save(results_folder(), draw)
     print(f"\nneuralode_nb {neuralode_nb.__version__}, torch {torch.__version__}, one thread, {record.machine['cpu']}"
           f"\nrecord: {path.parent.parent.name}/{name}/{path.name}")

@@ -227,7 +227,7 @@ def report(
     path.write_text(f"{head}<h1>neuralode_nb: what was just trained here</h1>{body}</html>\n", encoding="utf-8")
     return path
 
-# %% ../nbs/cli.ipynb #0ee69d97
+# %% ../nbs/cli.ipynb #6a29a310
 @_command
 def demo(
     device:Annotated[str | None, Option(help="cpu, cuda, cuda:1 or mps; the best there is by default.")] = None,
@@ -244,9 +244,16 @@ def demo(
     if path: console.print(f"\nreport: {report(records, folder / 'index.html')}", markup=False)
     if any(not record.runs for record in records): raise typer.Exit(1)
 
+# %% ../nbs/cli.ipynb #d6b124d3
 @_command
-def bench(names:Annotated[list[str] | None, Argument(help="Scripts in benchmarks/; all by default.")] = None):
+def bench(
+    words:Annotated[list[str] | None, Argument(
+        metavar="NAME", help="Scripts in benchmarks/, all by default; after --, options for them.")] = None,
+):
     "Compare speed and work with the other libraries."
+    words = words or []
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    names, options = words[:first], words[first:]
     folder = Path(neuralode_nb.__file__).parents[1] / "benchmarks"
     scripts = {script.stem: script for script in sorted(folder.glob("[a-z]*.py"))}
     if not scripts: raise FileNotFoundError("benchmarks/ is part of the repository, not of the installed library: "
@@ -255,5 +262,5 @@ def bench(names:Annotated[list[str] | None, Argument(help="Scripts in benchmarks
         if name not in scripts: raise ValueError(f"{name!r} is no benchmark{nearest(name, list(scripts))}")
     for name in names or scripts:
         console.print(f"[bold]{name}[/]")
-        done = subprocess.run([sys.executable, str(scripts[name])], env={"OMP_NUM_THREADS": "1"} | os.environ)
+        done = subprocess.run([sys.executable, str(scripts[name]), *options], env={"OMP_NUM_THREADS": "1"} | os.environ)
         if done.returncode: raise typer.Exit(done.returncode)

@@ -228,6 +228,19 @@ def test_benchmarks_run_or_say_where_they_are(tmp_path, monkeypatch):
     assert "did you mean nothing?" in neuralode("bench", "nothin").output
 
 
+def test_options_go_through_to_the_benchmarks(tmp_path, monkeypatch):
+    package = types.SimpleNamespace(__file__=str(tmp_path / "neuralode_nb" / "__init__.py"))
+    monkeypatch.setattr(cli, "neuralode_nb", package)
+    (tmp_path / "benchmarks").mkdir()
+    for name in "one", "two":
+        (tmp_path / "benchmarks" / f"{name}.py").write_text(
+            f"import sys; open({str(tmp_path / name)!r}, 'w').write(' '.join(sys.argv[1:]))")
+    assert neuralode("bench", "one", "--", "--rounds", "3", "vdp").exit_code == 0
+    assert (tmp_path / "one").read_text() == "--rounds 3 vdp" and not (tmp_path / "two").exists()
+    assert neuralode("bench", "--", "--smoke").exit_code == 0
+    assert (tmp_path / "one").read_text() == (tmp_path / "two").read_text() == "--smoke"
+
+
 def test_version():
     import neuralode_nb
     assert f"neuralode_nb {neuralode_nb.__version__}, PyTorch" in neuralode("--version").output

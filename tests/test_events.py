@@ -145,3 +145,21 @@ def test_odeint_event_with_fixed_steps_goes_on_until_it_happens():
 def test_an_event_that_never_happens_is_a_failure_with_a_cause():
     with pytest.raises(SolveError, match="max_steps"):
         odeint_event(lambda t, y: -y, start(1.), torch.tensor(0.), event_fn=lambda t, y: y + 1, options={"max_num_steps": 200})
+
+
+@pytest.mark.parametrize("method", ["tsit5", "rk4", "radau5"])
+@pytest.mark.parametrize("second", [lambda t, y: y[0] - .3, lambda t, y: .3 - y[0], lambda t, y: 7 * (y[1] - .7), lambda t, y: t - .3],
+                         ids=["same", "other way", "scaled", "of time"])
+@pytest.mark.parametrize("more", [dict(), dict(step_t=[.3])], ids=["inside a step", "at its end"])
+def test_events_at_the_same_time_all_happen(method, second, more):
+    f, y0 = lambda t, y: torch.stack([1 + 0 * y[0], 0 * y[0] - 1]), torch.tensor([0., 1.], dtype=torch.float64)
+    more = more | (dict(step_size=.25) if method == "rk4" else {})
+    events = [Event(lambda t, y: y[0] - .3, terminal=False), Event(second, terminal=False)]
+    for given in (events, events[::-1]):
+        found = solve(f, y0, [0., 1.], method, events=given, **more)
+        for one in found.events: assert len(one) == 1 and abs(one.t.item() - .3) < 1e-9
+    ended = solve(f, y0, [0., 1.], method, events=[events[0], Event(second)], throw=False, **more)
+    assert ended.status.name == "terminated_by_event" and [len(one) for one in ended.events] == [1, 1]
+    jumps = [Event(events[0].function, jump=lambda t, y: y + 10), Event(second, jump=lambda t, y: 2 * y)]
+    assert solve(f, y0, [0., .5], method, events=jumps[:1], **more).y[-1, 0].item() == pytest.approx(10.5)
+    assert solve(f, y0, [0., .5], method, events=jumps, **more).y[-1, 0].item() == pytest.approx(20.8)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from neuralode_nb import Adjoint, Event, SolveError, solve
+from neuralode_nb import Adjoint, Event, SolveError, odeint, solve
 from neuralode_nb.ode.base import layout_of
 from neuralode_nb.ode.reversible import Reversible
 from neuralode_nb.ode.schedules import Checkpoint
@@ -193,6 +193,22 @@ def test_continuous_ways_of_other_methods(method, way):
     t, rest = gradients(method, way, **tight)
     t_direct, direct = gradients(method, "direct", **tight)
     assert off([t, *rest], [t_direct, *direct]) < 1e-4
+
+
+def test_what_the_quadrature_of_gauss_costs():
+    "As many nodes as the order needs on a fixed grid, whatever the tolerances; no chase after rounding in single precision."
+    def backward(dtype, method, **options):
+        torch.manual_seed(0)
+        net, y0 = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 4)).to(dtype), torch.linspace(-2, 2, 64).view(16, 4).to(dtype)
+        found = solve(lambda t, y: net(y) * torch.cos(3 * t), y0, [0., 2.], method, gradient="gauss", **options)
+        found.y[-1].square().sum().backward()
+        return found.stats.backward_f_evals, found.stats.accepted
+    for method, stages in (("rk4", 4), ("euler", 1)):
+        evals, steps = backward(torch.float64, method, step_size=.2, rtol=1e-9, atol=0.)
+        assert evals <= (stages + 2) * steps + 1
+    for rtol in (1e-6, 1e-7, 1e-9):
+        (double, steps), (single, more) = (backward(dtype, "tsit5", rtol=rtol, atol=rtol) for dtype in (torch.float64, torch.float32))
+        assert single / more < 1.2 * double / steps, rtol
 
 
 @pytest.mark.parametrize("way", ["forward", *CONTINUOUS])
@@ -428,11 +444,7 @@ def test_a_field_that_differentiates_inside(way, method):
 
 @pytest.mark.parametrize("context", ["no_grad", "inference_mode", "nothing requires grad"])
 @pytest.mark.parametrize("way, method", INSIDE, ids=inside_ids)
-def test_a_field_that_differentiates_inside_where_no_gradient_is_wanted(way, method, context, request):
-    if context == "inference_mode" and method in ("kvaerno3", "bdf", "rodas5p", "radau5"):
-        request.applymarker(pytest.mark.xfail(reason="no Jacobian of such a field in inference mode: use torch.no_grad()"))
-    if context == "nothing requires grad" and way == "direct":
-        request.applymarker(pytest.mark.xfail(reason="the field's own graph is not cut off: use torch.no_grad()"))
+def test_a_field_that_differentiates_inside_where_no_gradient_is_wanted(way, method, context):
     torch.manual_seed(1)
     net, y0 = Hamiltonian().requires_grad_(context != "nothing requires grad"), torch.linspace(.1, 1, 8, **DOUBLE).view(2, 4)
     careful = lambda t, y: net(t, y.detach().requires_grad_())
@@ -440,6 +452,35 @@ def test_a_field_that_differentiates_inside_where_no_gradient_is_wanted(way, met
     with contextlib.nullcontext() if context == "nothing requires grad" else getattr(torch, context)():
         y = solve(net, y0, [0., .5], method, gradient=ALL[way], rtol=1e-7, atol=1e-7).y
     assert not y.requires_grad and torch.allclose(y.clone(), expected, rtol=1e-5)
+
+
+FAMILIES = ["tsit5", "rk4", "adams", "explicit_adams", "kvaerno5", "trbdf2", "radau5", "rodas5p", "bdf", "auto", "alf", "scipy_solver"]
+
+
+@pytest.mark.parametrize("how", ["plain", "sample", "dense", "events", "resumed", "odeint"])
+@pytest.mark.parametrize("method", FAMILIES)
+def test_inference_mode_is_no_grad(method, how):
+    "Same steps, evaluations, status and numbers, with tensors and parameters that were made in either mode."
+    if how == "sample" and method not in ("tsit5", "kvaerno5", "trbdf2", "rodas5p"): pytest.skip("for methods that step per sample")
+    if how == "resumed" and method in ("rk4", "explicit_adams"): pytest.skip("the steps of a grid are counted before")
+    if how in ("events", "dense", "resumed") and method == "scipy_solver": pytest.skip("for methods of ours")
+    def of(mode):
+        with mode():
+            torch.manual_seed(0)
+            net, y0, k = nn.Linear(2, 2, **DOUBLE), torch.tensor([[2., .5], [1., 0.]], **DOUBLE), torch.tensor(5., **DOUBLE)
+            t, rtol = torch.tensor([0., .4, 1.], **DOUBLE), torch.tensor([1e-2, 1e-3], **DOUBLE)
+            f = lambda t, y, k: torch.tanh(net(y)) - k * (y - torch.cos(t.reshape(-1, 1))) ** 3
+            fixed, tolerances = dict(step_size=.1) if method in ("rk4", "explicit_adams") else {}, dict(rtol=rtol, atol=1e-3)
+            if how == "odeint": return odeint(lambda t, y: f(t, y, k), y0, t, method=method, options=fixed, **tolerances)
+            options = dict(args=k, throw=False, **fixed, **tolerances)
+            if how == "sample": options["batch"] = "sample"
+            if how == "events": options["events"] = Event(lambda t, y, k: y[0, 0] - 1, terminal=False)
+            if how == "resumed": options["resume"] = solve(f, y0, t, method, **options, max_steps=3)
+            found = solve(f, y0, t, method, **options, dense=how == "dense")
+            shown = [found(.7)] if how == "dense" else [found.events[0].t] if how == "events" else []
+            return torch.cat([x.reshape(-1).double() for x in (found.y, *shown, *map(torch.as_tensor, (
+                found.status, found.stats.accepted, found.stats.f_evals, found.stats.jacobians)))])
+    assert torch.allclose(of(torch.no_grad), of(torch.inference_mode).clone(), rtol=1e-12, atol=1e-12)     # counts among them
 
 
 @each_way

@@ -1,6 +1,7 @@
 """Implicit–explicit steps: orders, stiff sums, what the stiff part alone costs, gradients, and fields in one piece."""
 import math
 import warnings
+from functools import lru_cache
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def rest(t, y):
 def test_orders_at_the_end_and_between(make):
     problem, method = PROBLEMS["manufactured"], make()
     t0, t1 = problem.span
-    inside = [t0, *(t0 + (t1 - t0) * x for x in (1 / 3, 2 / 3)), t1]    # at the same places in a step for both n below
+    inside = [t0, *(t0 + (t1 - t0) * x for x in (.237, .459, .831)), t1]
     exact, errors = torch.stack([problem.exact(t) for t in inside]), {}
 
     def integrate(problem, n):
@@ -37,9 +38,9 @@ def test_orders_at_the_end_and_between(make):
         errors[n] = (found.y - exact)[1:-1].abs().amax().item()
         return found.y[-1]
 
-    with torch.no_grad(): assert abs(observed_order(integrate, problem, (40, 160)) - method.order) < .15
+    with torch.no_grad(): assert abs(observed_order(integrate, problem, (64, 128)) - method.order) < .15
     between = min(method.order, method.pair.dense_order + 1 if method.pair.implicit.dense else 4)
-    assert math.log2(errors[40] / errors[160]) / 2 > between - .35
+    assert math.log2(errors[64] / errors[128]) > between - .35
 
 
 def van_der_pol(eps):
@@ -47,12 +48,17 @@ def van_der_pol(eps):
                  lambda t, y: torch.stack([0 * y[0], ((1 - y[0]**2) * y[1] - y[0]) / eps]))
 
 
+@lru_cache
+def oscillator_at(end):
+    "The oscillator of the next test by another solver."
+    flat = lambda t, y: [y[1], ((1 - y[0]**2) * y[1] - y[0]) * 1e3]
+    return torch.from_numpy(solve_ivp(flat, (0, end), [2., -2 / 3], "Radau", rtol=1e-10, atol=1e-12).y[:, -1])
+
+
 @each
 def test_a_stiff_oscillator_is_followed(name):
-    f, y0, rtol = van_der_pol(1e-3), torch.tensor([2., -2 / 3], dtype=torch.float64), 1e-3
-    flat = lambda t, y: [y[1], ((1 - y[0]**2) * y[1] - y[0]) * 1e3]
-    exact = torch.from_numpy(solve_ivp(flat, (0, 1.), y0.numpy(), "Radau", rtol=1e-10, atol=1e-12).y[:, -1])
-    with torch.no_grad(): found = solve(f, y0, [0., 1.], IMEX_METHODS[name](), rtol=rtol, atol=rtol)
+    f, y0, rtol, exact = van_der_pol(1e-3), torch.tensor([2., -2 / 3], dtype=torch.float64), 1e-5, oscillator_at(1.2)
+    with torch.no_grad(): found = solve(f, y0, [0., 1.2], IMEX_METHODS[name](), rtol=rtol, atol=rtol)
     assert ((found.y[-1] - exact).abs() / (rtol + rtol * exact.abs())).max() < 20
     assert found.stats.accepted < 1500
 
@@ -73,7 +79,7 @@ def test_the_stiff_part_is_solved_for_less_often_than_the_whole():
     spent = {}
     for method in ("kvaerno5", IMEX_METHODS["kencarp4"](), IMEX_METHODS["kencarp5"]()):
         counts = dict(stiff=0, explicit=0)
-        f, y0 = ring(40, counts)
+        f, y0 = ring(60, counts)
         with torch.no_grad(): found = solve(f, y0, [0., .5], method, rtol=1e-6, atol=1e-6)
         spent[found.method] = found.stats.jacobians, counts["stiff"], found.y[-1]
     for name in ("kencarp4", "kencarp5"):
@@ -100,9 +106,9 @@ def moving(gradient="direct", method="kencarp4", **options):
     return loss, [*inputs, f.stiff.rate]
 
 
-@pytest.mark.parametrize("name", ["kencarp3", "kencarp4"])
+@each
 def test_gradients_of_state_time_args_and_parameters(name):
-    fixed = dict(step_size=.3, rtol=1e-12, atol=1e-12, method=name)
+    fixed = dict(step_size=.21, rtol=1e-12, atol=1e-12, method=name)
     loss, inputs = moving("checkpoint", **fixed)
     found = torch.autograd.grad(loss(*inputs[:3]), inputs)
     loss, inputs = moving("direct", **fixed)
@@ -121,9 +127,9 @@ def test_gradients_of_state_time_args_and_parameters(name):
 def test_gradients_with_adaptive_steps():
     found = []
     for gradient in ("direct", "checkpoint"):
-        loss, inputs = moving(gradient, rtol=1e-4, atol=1e-4)
+        loss, inputs = moving(gradient, rtol=1e-6, atol=1e-6)
         found.append(torch.autograd.grad(loss(*inputs[:3]), inputs))
-    for g, other in zip(*found): assert torch.allclose(g, other, rtol=1e-2, atol=1e-4)
+    for g, other in zip(*found): assert torch.allclose(g, other, rtol=1e-4, atol=1e-6)
 
 
 def test_backward_in_time_at_jumps_complex_and_in_single_precision():
@@ -145,9 +151,9 @@ def test_backward_in_time_at_jumps_complex_and_in_single_precision():
 def test_dense_output_and_a_jacobian_by_differences():
     for method in (IMEX_METHODS["kencarp4"](), Implicit(IMEX_METHODS["kencarp5"](), "differences")):
         f = Split(lambda t, y: 100 * t.sin() + t.cos() + 0 * y, lambda t, y: -100 * y)
-        found = solve(f, torch.zeros(1).double(), [0., 2.], method, dense=True, rtol=1e-6, atol=1e-6)
-        t = torch.linspace(0, 2, 40).double()
-        assert (found(t)[:, 0] - t.sin()).abs().max() < 1e-4
+        found = solve(f, torch.zeros(1).double(), [0., 3.], method, dense=True, rtol=1e-8, atol=1e-8)
+        t = torch.linspace(0, 3, 40).double()
+        assert (found(t)[:, 0] - t.sin()).abs().max() < 1e-5
 
 
 def test_under_autocast_and_without_gradients_both_parts_are_called_alike():

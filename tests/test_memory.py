@@ -4,6 +4,7 @@ Everything is counted that lives on after the forward pass: what autograd saves 
 left out) and the tensors that the graph's own nodes hold, which for `checkpoint` are the states at the steps.
 """
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from neuralode_nb import solve
+from neuralode_nb.ode.certify import peak_memory
+from neuralode_nb.ode.ways import Auto
 
 STEPS = 1000
 
@@ -84,3 +87,25 @@ def test_the_backward_pass_holds_one_step_at_a_time(gradient):
     y = solve(Watched(), torch.randn(1, 4, 8, 8), [0., 1.], "rk4", step_size=1 / 50, gradient=gradient).y
     y.sum().backward()
     assert 0 < most[0] <= 20
+
+
+@pytest.mark.parametrize("method, options", [("tsit5", {}), ("rk4", dict(step_size=.05))], ids=["tsit5", "rk4"])
+@pytest.mark.parametrize("width, hidden, batch", [(4, 16, 64), (8, 512, 16)], ids=["states", "parameters"])
+def test_auto_stays_within_its_budget_or_says_what_it_needs(width, hidden, batch, method, options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, width))
+    y0 = torch.randn(batch, width)
+
+    def work(gradient):
+        y = solve(lambda t, y: net(y) * torch.cos(4 * t), y0, [0., 1.], method, gradient=gradient, rtol=1e-5, atol=1e-5, **options).y
+        torch.autograd.grad(y[-1].square().sum(), list(net.parameters()))
+
+    full, silent = peak_memory(lambda: work("direct"), y0.device), 0
+    for share in (3, 1, .5, .2, .05):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            used = peak_memory(lambda: work(Auto(memory=share * full)), y0.device)
+        short = [w for w in told if "most frugal" in str(w.message)]
+        assert used <= share * full or short
+        silent += not short
+    assert silent >= 2

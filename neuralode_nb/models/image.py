@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stem', 'head', 'ResidualBlock', 'ImageNet', 'ResNet', 'ODENet']
 
-# %% ../../nbs/models/02_image.ipynb #9ff5814c
+# %% ../../nbs/models/02_image.ipynb #cf35b73b
 from torch import nn
 
 from .blocks import ODEBlock

@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'Advice', 'Look', 'look', 'eigenvalues', 'stiffness', 'errors', 'smoothness', 'apart', 'blows_up',
            'choose_method', 'choose_batch', 'choose_gradient', 'remarks', 'advise']
 
-# %% ../../nbs/ode/42_advice.ipynb #e59dcadd
+# %% ../../nbs/ode/42_advice.ipynb #c2b6737e
 import math
 import time
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from .auto import LARGEST, Auto, spectral_radius
 from .base import Stats, layout_of, tolerance
-from .checks import check_field, check_times, flat_field
+from .checks import check_field, check_times, flat_field, outside_inference
 from .explicit import StageList, explicit_step, stage_times
 from .linearize import Rows, linearized
 from .methods import find_tableau
@@ -185,7 +185,8 @@ def remarks(look:Look, seen:dict) -> list:
     if look.cost > 1e-2: words.append(f"One evaluation of f takes {look.cost:.2g} s: it is what the solve will cost.")
     return words
 
-# %% ../../nbs/ode/42_advice.ipynb #ee03d87f
+# %% ../../nbs/ode/42_advice.ipynb #e441a2a1
+@outside_inference
 def advise(
     f, y0, t,                    # as for `solve`
     rtol=1e-6, atol=1e-8, args=None,

@@ -192,7 +192,7 @@ REMEDY = {
     Status.max_seconds: "give more seconds, or go on with solve(..., resume=solution)",
 }
 
-# %% ../../nbs/ode/00_base.ipynb #ca093cf4
+# %% ../../nbs/ode/00_base.ipynb #9b4915b5
 @dataclass
 class Stats:
     "What a solve cost. Steps and evaluations are counts; h is in units of t."
@@ -203,6 +203,7 @@ class Stats:
     jacobians: int = 0
     lu: int = 0
     stiffness: float = 0.                  # largest estimate of |h λ|; above ~3 an explicit method is held back by it
+    compile_seconds: float = 0.            # spent on compiling, by this solve; the next one of its kind spends none
     smallest_step: float = math.inf
     largest_step: float = 0.
     def together(self) -> 'Stats':

@@ -20,7 +20,7 @@ from .parameters import Known
 from .schedules import Checkpoint, Kept
 from .steps import Clock, Plan
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #86abf155
+# %% ../../nbs/ode/11_checkpoint.ipynb #bf8839e0
 @dataclass
 class Job:
     "A plan and what its gradient needs."
@@ -48,9 +48,8 @@ class Job:
         for x, version in self.frozen:
             if x._version != version:
                 raise RuntimeError(
-                    f"a tensor of shape {tuple(x.shape)} that f uses was modified by an inplace operation after the solve, so f "
-                    "can no "
-                    "longer be differentiated where it was solved: call backward first, or solve with gradient='direct'")
+                    f"a tensor of shape {tuple(x.shape)} that f uses was modified by an inplace operation after the solve, so f can "
+                    "no longer be differentiated where it was solved: call backward first, or solve with gradient='direct'")
 
 # %% ../../nbs/ode/11_checkpoint.ipynb #625c1944
 class Retracer:
@@ -98,7 +97,7 @@ class Runner:
         self.at = i + 1
         return y1
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #78b8fb45
+# %% ../../nbs/ode/11_checkpoint.ipynb #19d0a667
 def add(totals:list, new:list) -> list:
     "Sums of gradients, of which some may be None."
     return [a if b is None else b if a is None else a + b for a, b in zip(totals, new)]
@@ -115,6 +114,7 @@ def step_by_step(job:Job, t:Tensor|None, tensors:list, g:Tensor) -> list:
     for i, y in kept.backward(lambda i, y: runner.advance(i, kept.spans[i], y)):
         y_bar, *new = tracer.pull((*kept.spans[i], y), t, g, y_bar, wanted)
         totals = add(totals, new)
+        del new      # before the next graph
     job.run.stats.backward_f_evals += tracer.stats.f_evals
     at_start = sum(x == job.plan.times[0] for x in job.plan.times)
     t_bar, totals = (None, totals) if t is None else (totals[0], totals[1:])

@@ -7,7 +7,7 @@ __all__ = ['SHARED', 'ADAPTIVE', 'FIXED', 'ORDERS', 'GAINS', 'NAMES', 'CHUNK', '
            'plan_from', 'callbacks_of', 'first_event', 'odeint_event', 'odeint', 'backward_options', 'odeint_adjoint',
            'odeint_dense']
 
-# %% ../../nbs/ode/16_compat.ipynb #2d43890e
+# %% ../../nbs/ode/16_compat.ipynb #27cb939c
 import math
 from dataclasses import replace
 from functools import lru_cache
@@ -20,7 +20,7 @@ from .control import PID
 from .base import Failure, SolveError, Status
 from .catalogue import BUILDERS, find_method, stepper_of
 from .checkpoint import Job
-from .checks import check_grid, gaps
+from .checks import check_grid, gaps, outside_inference
 from .events import Event, EventRun
 from .solve import make_plan, run_plan
 from .steps import ExplicitStepper, Plan
@@ -135,7 +135,8 @@ def odeint_event(
     t = torch.cat([t0, t0.detach() + (-1. if reverse_time else 1.)])
     return (odeint_interface or odeint)(func, y0, t, event_fn=event_fn, **kwargs)
 
-# %% ../../nbs/ode/16_compat.ipynb #9d65934a
+# %% ../../nbs/ode/16_compat.ipynb #eb5bf87c
+@outside_inference
 def odeint(
     func:Callable,            # f(t, y)
     y0,                       # tensor of any shape, or tuple of tensors
@@ -164,7 +165,8 @@ def backward_options(method, options, adjoint_method, adjoint_options) -> tuple:
         raise ValueError(f"adjoint_options['norm']={norm!r} must be 'seminorm' or a function")
     return own | ({'norm': options['norm']} if options and 'norm' in options else {}), norm
 
-# %% ../../nbs/ode/16_compat.ipynb #f1841894
+# %% ../../nbs/ode/16_compat.ipynb #cc2a8f18
+@outside_inference
 def odeint_adjoint(
     func:Callable, y0, t:Tensor, *, rtol=1e-7, atol=1e-9, method:str|None=None, options:dict|None=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None,      # of the backward solve; as forward if None
@@ -183,7 +185,8 @@ def odeint_adjoint(
     job = Job(plan, (), backward, params, norm, told)
     return run_plan(job, t, 'adjoint').y if event_fn is None else first_event(job, t, event_fn, 'adjoint')
 
-# %% ../../nbs/ode/16_compat.ipynb #d01a60f4
+# %% ../../nbs/ode/16_compat.ipynb #89deebf5
+@outside_inference
 def odeint_dense(
     func:Callable, y0, t0, t1,                 # as odeint, between two times
     *, rtol=1e-7, atol=1e-9, method:str|None=None, options:dict|None=None,

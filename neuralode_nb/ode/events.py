@@ -80,12 +80,12 @@ def enclose(g:Callable, low:float, high:float, g_low:float, g_high:float) -> flo
         else: low, g_low, g_high, side = middle, value, g_high / (2 if side == -1 else 1), -1
     return middle
 
-# %% ../../nbs/ode/39_events.ipynb #54710293
+# %% ../../nbs/ode/39_events.ipynb #b3203a94
 def land(watch:'Watch', stepper, at:Callable, start:float, end:float, y:Tensor, low, high, values, after, found) -> tuple:
     "The step again, to the first of the events in it."
     inside = lambda i: enclose(lambda x: watch.values(*at(x))[i], low, high, values[i], after[i])
     zeros = {i: inside(i) if after[i] else high for i in found}
-    watch.hit = i = min(zeros, key=zeros.get)
+    i = min(zeros, key=zeros.get)
     theta, step = zeros[i], (high - low) * 1e-3
     near = [max(theta - step, 0.), min(theta + step, 1.)]
     (a, b), span = ([watch.values(*at(x))[i] for x in near], (near[1] - near[0]) * (end - start))
@@ -96,18 +96,25 @@ def land(watch:'Watch', stepper, at:Callable, start:float, end:float, y:Tensor, 
         if not abs(move) > 4 * math.ulp(t) or not 0 < (t - move - start) / (end - start) <= 1: break
         t -= move
     else: y1 = stepper.attempt(start, t, y)
+    later = watch.values(*at(theta + max(8 * math.ulp(t) / abs(end - start), 1e-12)))      # beyond all rounding
+    watch.hit = tuple(sorted({i, *watch.crossed(values, later), *watch.crossed(values, watch.values(t, y1))}))
     return t, y1
 
-# %% ../../nbs/ode/39_events.ipynb #02d044e2
+# %% ../../nbs/ode/39_events.ipynb #aeaad660
 class Watch:
     "Looks for events in accepted steps."
-    def __init__(self, functions:list, directions:list, clock:Callable, fresh:int|None=None):
+    def __init__(self, functions:list, directions:list, clock:Callable, fresh:tuple|None=None):
         self.functions, self.directions, self.clock, self.hit = functions, directions, clock, None
-        self.before, self.fresh = None, fresh     # an event that has just happened starts at its zero
+        self.before, self.fresh = None, fresh or ()     # events that have just happened start at their zeros
 
     def values(self, t:float, y:Tensor) -> list:
         "All event functions."
         return [float(g(self.clock(t), y)) for g in self.functions]
+
+    def crossed(self, before:list, after:list) -> list:
+        "The events between two sets of values."
+        return [i for i, (a, b, d) in enumerate(zip(before, after, self.directions))
+                if (a < 0 <= b and d >= 0) or (a > 0 >= b and d <= 0)]
 
     @torch.no_grad()
     def __call__(self, stepper, start:float, end:float, y:Tensor, y1:Tensor) -> tuple:
@@ -116,13 +123,11 @@ class Watch:
         places = [*PLACES, 1.] if stepper.dense is not None else [1.]
         if self.before is None:
             self.before = self.values(start, y)
-            if self.fresh is not None: self.before[self.fresh] = self.values(*at(1e-3))[self.fresh]
+            for i in self.fresh: self.before[i] = self.values(*at(1e-3))[i]
         low, values = 0., self.before
         for high in places:
             after = self.values(*at(high))
-            found = [i for i, (a, b, d) in enumerate(zip(values, after, self.directions))
-                     if (a < 0 <= b and d >= 0) or (a > 0 >= b and d <= 0)]
-            if found: return land(self, stepper, at, start, end, y, low, high, values, after, found)
+            if found := self.crossed(values, after): return land(self, stepper, at, start, end, y, low, high, values, after, found)
             low, values = high, [b if b else a for a, b in zip(values, after)]
         self.before = values
         return end, y1
@@ -199,16 +204,20 @@ def both(a:Stats, b:Stats) -> Stats:
     return Stats(**counts, stiffness=max(a.stiffness, b.stiffness), smallest_step=min(a.smallest_step, b.smallest_step),
                  largest_step=max(a.largest_step, b.largest_step))
 
-# %% ../../nbs/ode/39_events.ipynb #b0cc0218
-def happen(walk:'EventRun', i:int, t:float, y:Tensor) -> tuple:
-    "Record event i and return where the solve goes on."
-    plan, when = walk.job.plan, torch.tensor(t, dtype=torch.float64, device=y.device)
-    if torch.is_grad_enabled() and wants_gradient(y, *named_tensors(walk.events[i]).values(), *walk.job.args):
-        when, y = with_time(walk.functions[i], plan.f, when, y)
-    walk.found[i].t.append(when)
-    walk.found[i].y.append(y)
-    walk.terminated = walk.events[i].ends
-    return when, walk.jumps[i](when.to(plan.layout.time), y) if walk.jumps[i] else y
+# %% ../../nbs/ode/39_events.ipynb #a6a2b69c
+def happen(walk:'EventRun', hit:tuple, t:float, y:Tensor) -> tuple:
+    "Record the events of one time and return where the solve goes on: after the jumps, one upon the other."
+    plan, when, moved = walk.job.plan, torch.tensor(t, dtype=torch.float64, device=y.device), []
+    for i in hit:
+        pair = when, y
+        if torch.is_grad_enabled() and wants_gradient(y, *named_tensors(walk.events[i]).values(), *walk.job.args):
+            pair = with_time(walk.functions[i], plan.f, when, y)
+        walk.found[i].t.append(pair[0])
+        walk.found[i].y.append(pair[1])
+        moved.append(pair)
+    walk.terminated, (when, y) = any(walk.events[i].ends for i in hit), moved[0]
+    for jump in (walk.jumps[i] for i in hit if walk.jumps[i]): y = jump(when.to(plan.layout.time), y)
+    return when, y
 
 def occurrences(walk:'EventRun') -> list:
     "What happened, one entry for each event."
@@ -216,7 +225,7 @@ def occurrences(walk:'EventRun') -> list:
     return [Occurrences(torch.stack(o.t) if o.t else like.new_zeros(0, dtype=torch.float64),
                         unflatten(torch.stack(o.y) if o.y else like.new_zeros(0, *like.shape))) for o in walk.found]
 
-# %% ../../nbs/ode/39_events.ipynb #e86ef1e9
+# %% ../../nbs/ode/39_events.ipynb #bb993820
 class EventRun:
     "A solve from event to event."
     def __init__(self, job:Job, t:Tensor, events:list, gradient:str, limit:int=10_000):
@@ -241,7 +250,7 @@ class EventRun:
             self.total = run.stats if self.total is None else both(self.total, run.stats)
             self.pieces.append(seen)
             done, fresh = done + len(seen), watch.hit
-            if run.failure is not None or fresh is None: break
+            if run.failure is not None or not fresh: break
             start, y = happen(self, fresh, run.reached[1], y)
             if self.terminated or float(start.detach()) == plan.times[-1]: break
         else: run.failure = Failure(Status.max_steps, float(start.detach()), 0.)

@@ -109,7 +109,7 @@ def touched(
     everything = {i: x for i, x in {**used, **hidden, **held}.items() if i not in ours}
     return k.detach().clone(), tuple(everything.values()), tuple(seen.read.values())     # f may use the same buffer again
 
-# %% ../../nbs/ode/08_parameters.ipynb #668cf1a1
+# %% ../../nbs/ode/08_parameters.ipynb #63f573d0
 class Known:
     "The tensors whose gradient is asked for; looks, now and then, whether a graph leads to a parameter that is not among them."
     def __init__(self, tensors=None):        # None: nothing is known, and nothing is looked at
@@ -124,9 +124,9 @@ class Known:
         for i, x in leaves_behind(k, stop=self.nodes).items():
             if isinstance(x, nn.Parameter) and i not in self.ids:
                 raise RuntimeError(
-                    f"f uses a parameter of shape {tuple(x.shape)} that its first evaluation did not use and that is not within "
-                    "sight "
-                    "of f, so it would get no gradient: let f hold it as an attribute, pass it in args, or use gradient='direct'")
+                    f"f uses a parameter of shape {tuple(x.shape)} that its first evaluation did not use and that is not "
+                    "within sight of f, so it would get no gradient: let f hold it as an attribute, pass it in args, or use "
+                    "gradient='direct'")
 
     def around(self, f:Callable) -> Callable:
         "f, looked at."

@@ -23,7 +23,7 @@ from .loop import Run
 from .parameters import touched
 from .steps import Clock, Plan
 
-# %% ../../nbs/ode/44_resume.ipynb #355b6a37
+# %% ../../nbs/ode/44_resume.ipynb #6df2dd87
 @dataclass
 class Reached:
     "How far a solve came that stopped early: what resume=solution goes on from."
@@ -32,12 +32,12 @@ class Reached:
     observations: int           # entries of t that were passed
     step: float|None = None     # |h| that was next; None: to be guessed
     controller: Any = None      # state of the step-size controller
-    event: int|None = None      # which event ended the solve
+    event: tuple|None = None    # which events ended the solve
 
-# %% ../../nbs/ode/44_resume.ipynb #07bdb942
+# %% ../../nbs/ode/44_resume.ipynb #43c8ec28
 BUDGETS = Status.max_steps, Status.max_seconds
 
-def reached(run:Run, event:int|None=None) -> Reached|None:
+def reached(run:Run, event:tuple|None=None) -> Reached|None:
     "What a run hands over to the one that continues it; None if there is nothing left to do."
     if not run.pause or run.failure is None and event is None: return None
     (observations, time), (state, step, controller) = run.reached, run.pause

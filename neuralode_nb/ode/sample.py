@@ -148,7 +148,7 @@ class Landings:
         moved = now + (until - at)          # an inner time moves with the start, as on the page Steps
         return torch.where(active & lands, torch.where(landed == self.last, self.final, landed), moved)
 
-# %% ../../nbs/ode/37_sample.ipynb #7bc1cc09
+# %% ../../nbs/ode/37_sample.ipynb #ccdeded8
 class Fates:
     "Who is still on the way, at what cost, and why others are not."
     def __init__(self, active:Tensor):
@@ -165,8 +165,7 @@ class Fates:
         "Note an attempt of all active samples."
         self.charge(self.active, f_evals)
         self.accepted, self.rejected = self.accepted + accepted, self.rejected + (self.active & ~accepted)
-        low, high = h.where(accepted, torch.inf), h.where(accepted, 0.)
-        self.shortest, self.longest = self.shortest.minimum(low), self.longest.maximum(high)
+        self.shortest, self.longest = self.shortest.minimum(h.where(accepted, torch.inf)), self.longest.maximum(h.where(accepted, 0.))
 
     def freeze(self, which:Tensor, status:Status, at:Tensor, h:Tensor):
         "Mark samples as failed; the others go on."
@@ -176,7 +175,8 @@ class Fates:
 
     def stats(self, cost:Stats) -> Stats:
         "Counts of each sample; Jacobians and factorizations are made for all at once."
-        return Stats(self.accepted, self.rejected, self.evals, 0, cost.jacobians, cost.lu, 0., self.shortest, self.longest)
+        return Stats(self.accepted, self.rejected, self.evals, jacobians=cost.jacobians, lu=cost.lu, smallest_step=self.shortest,
+                     largest_step=self.longest)
 
 # %% ../../nbs/ode/37_sample.ipynb #ad52c08b
 def freeze_stuck(fates:Fates, plan:Plan, failed:Tensor, at:Tensor, h:Tensor):

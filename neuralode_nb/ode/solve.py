@@ -6,7 +6,7 @@
 __all__ = ['refuse_own_control', 'make_plan', 'refuse_dense', 'check_batch', 'sample_gradient', 'solve_samples', 'run_events',
            'run_plan', 'run_checked', 'solve']
 
-# %% ../../nbs/ode/15_solve.ipynb #43a0a742
+# %% ../../nbs/ode/15_solve.ipynb #5a4a33e6
 import math
 from typing import Callable
 
@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .base import Solution, SolveError, Status, layout_of, norm_for, tolerance, transformed
 from .batch import SampleDense, in_user_order, march_samples, sample_layout, sample_plan, sample_times
 from .catalogue import stepper_of, unwrap
-from .checks import (as_times, check_field, check_grid, check_times, flat_field, keep_autocast, positive,
-                                     stop_times, with_stops)
+from .checks import (as_times, check_field, check_grid, check_times, flat_field, keep_autocast,
+                                     outside_inference, positive, stop_times, with_stops)
+from .compiled import refuse_compiled
+from .compiled_gradient import compiled_march
 from .control import find_controller
 from .events import EventRun, as_events, occurrences
 from .gradient import Job, differentiable_march
@@ -36,21 +38,22 @@ def refuse_own_control(method, controller, norm):
     if getattr(method, 'differentiable', True) or controller is norm is None: return
     raise ValueError(f"controller and norm cannot be given to method={method.name!r}, which has its own: leave them out")
 
-# %% ../../nbs/ode/15_solve.ipynb #90903442
+# %% ../../nbs/ode/15_solve.ipynb #fb22d250
 def make_plan(
     f, y0, t, method, grid:Callable,   # (method, times, max_steps) -> how steps are laid, or None
     rtol, atol, args=None, controller=None, norm=None, first_step=None, min_step=0., max_step=math.inf, step_t=None,
-    jump_t=None, max_steps=100_000, max_seconds=None, dense=False, layout=None,
+    jump_t=None, max_steps=100_000, max_seconds=None, dense=False, compile=False, layout=None,
 )->tuple:                     # (plan, tensors in args)
     "Everything that `solve` takes, checked and in one form."
     (method, options), layout, _ = unwrap(method), layout or layout_of(y0), check_field(f, args)
     source, f, (times, _), (leaves, spec) = f, keep_autocast(f, layout.device), check_times(t), tree_flatten(args)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    def rebind(new):
-        if args is None: return flat_field(f, layout)
+    def rebuilt(new):
+        if args is None: return ()
         new = iter(new)
-        filled = [next(new) if isinstance(x, Tensor) else x for x in leaves]
-        return flat_field(f, layout, (tree_unflatten(filled, spec),))
+        return tree_unflatten([next(new) if isinstance(x, Tensor) else x for x in leaves], spec),
+    def rebind(new):
+        return flat_field(f, layout, rebuilt(new))
     refuse_own_control(method, controller, norm)
     limits = positive('min_step', min_step, zero=True), positive('max_step', max_step, infinite=True)
     if limits[0] > limits[1]: raise ValueError(f"min_step={min_step} is above max_step={max_step}: lower it")
@@ -62,7 +65,7 @@ def make_plan(
         steps and with_stops(steps, sum(stops.values(), ())),
         None if first_step is None else positive('first_step', first_step), *limits,
         max_steps=int(max_steps), keep_dense=dense, source=source, args=args, rebind=rebind,
-        stepper=stepper_of(method), parts=getattr(method, 'parts', None), options=options,
+        stepper=stepper_of(method), parts=getattr(method, 'parts', None), options=options, compile=compile, whole=(f, norm, rebuilt),
         budget=Budget(max_seconds if max_seconds is None else positive('max_seconds', max_seconds)), **stops)
     if plan.grid is None and not torch.as_tensor(plan.rtol).any() and not torch.as_tensor(plan.atol).any():
         raise ValueError("rtol=0 and atol=0 are both zero and allow no error at all: raise one of them")
@@ -95,7 +98,7 @@ def sample_gradient(gradient, method) -> tuple:
     if getattr(gradient, 'states', None) is not None: name = gradient      # refused where a gradient is wanted
     return name, around
 
-# %% ../../nbs/ode/15_solve.ipynb #a944a263
+# %% ../../nbs/ode/15_solve.ipynb #c50a4dd2
 def solve_samples(f, y0, t, method, gradient, step_size, throw:bool, events, given:dict) -> Solution:
     "Solve per sample and unflatten the answer."
     name, around = sample_gradient(gradient, method)
@@ -105,9 +108,12 @@ def solve_samples(f, y0, t, method, gradient, step_size, throw:bool, events, giv
     plan, tensors = make_plan(f, y0, hull, method, lambda *_: None, **{**given, 'norm': None}, layout=layout)
     plan, events = sample_plan(plan, order, given['norm'], step_size), [] if events is None else as_events(events)
     refuse_dense(plan, name, t, y0, tensors, [list(named_tensors(e).values()) for e in events])
+    refuse_compiled(plan, t, name, events=events)
     if events: plan.watch = SampleWatch(SampleEvents(events, plan))
+    job, happened = Job(plan, tuple(tensors), around=around), ()
     with torch.autocast(plan.layout.device.type, enabled=False):
-        run, *happened = march_samples(Job(plan, tuple(tensors), around=around), times if times.requires_grad else None, name)
+        run = compiled_march(job, order.each)
+        if run is None: run, *happened = march_samples(job, times if times.requires_grad else None, name)
     failed = run.failure or {}
     ended = plan.watch.terminated.tolist() if events else [False] * len(plan.y0)
     status = [failed[i].status if i in failed else Status.terminated_by_event if e else Status.success for i, e in enumerate(ended)]
@@ -133,12 +139,13 @@ def run_events(job:Job, t, events, gradient:str, throw:bool, fresh=None) -> Solu
     if run.failure is not None and throw: raise SolveError(run.failure, solution)
     return solution
 
-# %% ../../nbs/ode/15_solve.ipynb #46374a8f
+# %% ../../nbs/ode/15_solve.ipynb #8984bbe2
 def run_plan(job:Job, t, gradient:str, throw:bool=True) -> Solution:
     "Solve a checked plan and unflatten the answer."
     plan, t = job.plan, as_times(t)
     with torch.autocast(plan.layout.device.type, enabled=False):        # f brings its own
-        run = differentiable_march(job, t if t.requires_grad else None, gradient)
+        run = compiled_march(job, torch.tensor([plan.times], dtype=torch.float64, device=plan.y0.device)) if plan.compile else None
+        if run is None: run = differentiable_march(job, t if t.requires_grad else None, gradient)
     status = run.failure.status if run.failure else Status.success
     plan.budget.lift()
     solution = Solution(plan.layout.unflatten(run.y), t, status, run.stats, run.failure, run.dense, plan.method.name,
@@ -158,7 +165,8 @@ def run_checked(plan:Plan, tensors:list, t, events, gradient, throw:bool, fresh=
     if events is not None: return run_events(job, t, events, name, throw, fresh)
     return run_plan(job, t, name, throw)
 
-# %% ../../nbs/ode/15_solve.ipynb #895b708e
+# %% ../../nbs/ode/15_solve.ipynb #cfde10bc
+@outside_inference
 def solve(
     f:Callable,              # right-hand side f(t, y), or f(t, y, args) if args are given
     y0,                      # state at t[0]: tensor of any shape, or tuple / list / dict of tensors
@@ -178,14 +186,15 @@ def solve(
     first_step:float|None=None, min_step:float=0., max_step:float=math.inf,   # lengths, in units of t
     step_t=None, jump_t=None,    # times to land on; times at which f jumps: land, and evaluate f on either side
     throw:bool=True, resume:Solution|None=None,  # raise SolveError, or return what there is; a solution to be continued
+    compile:bool=False,      # the whole loop as one compiled program, for explicit methods: page *A solve as one program*
 )->Solution:                 # y, t, status, stats; callable if dense
     "Solve dy/dt = f(t, y) from t[0]. Raises TypeError or ValueError for misuse, SolveError for numerical failure."
-    name = gradient_name(gradient)
-    if name == 'auto' and dense: gradient = name = 'direct'       # of which alone dense output can be differentiated
+    if gradient_name(gradient) == 'auto' and dense: gradient = 'direct'       # of which alone dense output can be differentiated
     given = dict(rtol=rtol, atol=atol, args=args, controller=controller, norm=norm, first_step=first_step, min_step=min_step,
-                 max_step=max_step, step_t=step_t, jump_t=jump_t, max_steps=max_steps, max_seconds=max_seconds, dense=dense)
+                 max_step=max_step, step_t=step_t, jump_t=jump_t, max_steps=max_steps, max_seconds=max_seconds, dense=dense, compile=compile)
     if resume is not None: check_resume(resume, y0, t, batch, dense, events)
     if check_batch(batch, events): return solve_samples(f, y0, t, method, gradient, step_size, throw, events, given)
     plan, tensors = make_plan(f, y0, t, method, lambda *rest: check_grid(*rest[:2], step_size, rest[2]), **given)
+    refuse_compiled(plan, t, gradient_name(gradient), events=events, resume=resume)
     run = lambda plan, t, fresh=None, throw=False: run_checked(plan, tensors, t, events, gradient, throw, fresh)
     return run(plan, t, throw=throw) if resume is None else go_on(resume, plan, tensors, y0, t, run, throw)

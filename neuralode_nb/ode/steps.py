@@ -50,7 +50,7 @@ class Budget:
     used = property(lambda self: self.end < math.inf and time.perf_counter() > self.end)
     def lift(self): self.end = math.inf
 
-# %% ../../nbs/ode/09_steps.ipynb #6319d734
+# %% ../../nbs/ode/09_steps.ipynb #a2e809a4
 @dataclass
 class Plan(Problem):
     "A solve that has been checked: what the loop works from."
@@ -69,6 +69,8 @@ class Plan(Problem):
     options: dict = field(default_factory=dict)  # of the stepper
     parts: Callable|None = None    # (plan, t, differentiable, stats) -> stepper, steps, output; None: one step for all samples
     watch: Callable|None = None    # looks at accepted steps for events; its `hit` ends the march
+    compile: bool = False          # is the solve one program?
+    whole: tuple = ()              # for that: f and norm as the user gave them, and leaves of args -> what f takes after (t, y)
     each: Tensor|None = None       # times of each sample, (samples, times), where every sample has its own steps
 
     @property
