@@ -178,7 +178,7 @@ def parsed():
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=", ".join(known))
     parser.add_argument("--smoke", action="store_true", help="small sizes, for a test")
     parser.add_argument("--rounds", type=int, default=3 if SMOKE else 25, help="turns of each library")
-    parser.add_argument("--seconds", type=float, default=1. if SMOKE else 30., help="of turns, after which a library stops")
+    parser.add_argument("--seconds", type=float, default=1. if SMOKE else 10., help="of turns, after which a library stops")
     parser.add_argument("--resume", action="store_true", help="keep the tasks of the record, but for those named")
     parser.add_argument("--libraries", help="some of " + ", ".join(LABELS) + ", with commas")
     parser.add_argument("--python", action="append", default=[], metavar="LIBRARY=INTERPRETER", help="of that library")

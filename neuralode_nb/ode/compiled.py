@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'PROGRAMS', 'is_small', 'product', 'product_added', 'decompositions', 'backend', 'can_compile', 'program',
            'graphs', 'call', 'all_attempts', 'Held', 'modules_of', 'as_module', 'laid_out', 'refuse_compiled',
-           'measure_of', 'recipe_of', 'stops_of', 'course_of']
+           'measure_of', 'recipe_of', 'stops_of', 'flat_copy', 'course_of']
 
 # %% ../../nbs/ode/54_compiled.ipynb #019e30c2
 import inspect
@@ -155,7 +155,7 @@ def refuse_compiled(plan:Plan, t, gradient:str, **others):
         if value: no(name, leave)
     if transformed(): no("a transform of torch.func", leave)
 
-# %% ../../nbs/ode/54_compiled.ipynb #72de69e0
+# %% ../../nbs/ode/54_compiled.ipynb #a8b54aca
 def measure_of(plan:Plan, norm) -> Callable:
     "The error norm as a function (samples, …) -> (samples,)."
     layout = plan.layout
@@ -184,6 +184,10 @@ def stops_of(plan:Plan, times:Tensor) -> Tensor:
     room = 1 << max(stops.shape[1] - 1, 0).bit_length()
     return torch.cat([stops, stops[:, -1:].expand(-1, room - stops.shape[1])], 1).contiguous()
 
+def flat_copy(x:Tensor) -> Tensor:
+    "A copy of one number after the other: a program looks at strides, also at those of a single number."
+    return x.new_empty(x.shape).copy_(x)
+
 def course_of(plan:Plan, times:Tensor) -> Course:
     "Where a plan goes; `times` (samples, times) float64."
     real = lambda x: torch.tensor(x, dtype=torch.float64, device=times.device)
@@ -191,5 +195,5 @@ def course_of(plan:Plan, times:Tensor) -> Course:
         x = torch.as_tensor(x, dtype=plan.y0.dtype, device=times.device)
         return x if x.ndim == 0 or plan.each is not None else x[None]
     jumps = real(plan.jump_t) if plan.jump_t else None
-    return Course(stops_of(plan, times), times[:, -1].contiguous(), (times[:, -1] - times[:, 0]).sign(), jumps, tolerance(plan.rtol),
+    return Course(stops_of(plan, times), flat_copy(times[:, -1]), (times[:, -1] - times[:, 0]).sign(), jumps, tolerance(plan.rtol),
                   tolerance(plan.atol), real(plan.max_step), real(plan.min_step), torch.tensor(plan.max_steps, device=times.device))

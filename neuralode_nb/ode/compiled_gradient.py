@@ -6,7 +6,7 @@
 __all__ = ['all_steps_back', 'Work', 'Stretch', 'room_for', 'stretches', 'wants', 'observed', 'parameters_of', 'work_of',
            'between_steps', 'counted', 'first_fixed', 'compiled_march']
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #183e101e
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #2303bc4a
 import warnings
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .base import Stats
 from .checkpoint import Job
-from .compiled import (all_attempts, as_module, call, can_compile, course_of, laid_out, recipe_of)
+from .compiled import (all_attempts, as_module, call, can_compile, course_of, flat_copy, laid_out, recipe_of)
 from .dense import interpolate
 from .loop import Run
 from .masked import Course, Now, Recipe, Record, both_ends, field_of, make_record, masked_step
@@ -44,7 +44,7 @@ def all_steps_back(recipe:Recipe, f, names, params, leaves, rebuilt, course:Cour
     _, bar, *totals = while_loop(lambda i, *rest: i > 0, body, begin)
     return bar, *totals
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #1a797cae
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #7e6c0de1
 class Work(NamedTuple):
     "A solve that is compiled."
     job:Job
@@ -67,16 +67,18 @@ class Stretch(torch.autograd.Function):
     def backward(ctx, y_bar:Tensor, k_bar:Tensor|None=None):
         if torch.is_grad_enabled(): raise RuntimeError(
             "compile=True has first derivatives only: for create_graph=True solve without compile")
-        work, (y, *tensors) = ctx.work, ctx.saved_tensors
+        work, tensors = ctx.work, ctx.saved_tensors
+        y, *detached = (x.detach() for x in tensors)
         job, m = work.job, len(work.job.args)
         job.unchanged()
         job.run.stats.backward_f_evals += ctx.rows * work.recipe.last
-        params = tuple(laid_out(x) for x in tensors[m:])
+        params = tuple(map(laid_out, detached[m:]))
         with torch.autocast(y.device.type, enabled=False):
             bar, *rest = call(all_steps_back, (*work.key, k_bar is None), job.run.stats, work.recipe, work.module, work.names, params,
-                              tuple(tensors[:m]), work.rebuilt, work.course, ctx.record._replace(y=y), ctx.n, y_bar, k_bar)
+                              tuple(detached[:m]), work.rebuilt, work.course, ctx.record._replace(y=y), ctx.n, y_bar.contiguous(),
+                              k_bar if k_bar is None else k_bar.contiguous())
         grads = [*rest[len(params):], *rest[:len(params)]]
-        return None, None, None, None, bar, *[g if x.requires_grad else None for g, x in zip(grads, tensors)]
+        return None, None, None, None, bar, *[g if x.requires_grad else None for g, x in zip(grads, tensors[1:])]
 
 # %% ../../nbs/ode/55_compiled_gradient.ipynb #ed2d4afe
 def room_for(y:Tensor, stages:int, states:bool) -> int:
@@ -125,7 +127,7 @@ def observed(work:Work, found:list, times:Tensor, last:Tensor) -> Tensor:
     return torch.where(wide(((times == begin) | (times == end)).flatten(), inner.flatten(0, 1)).view(*times.shape, *[1] * (y.ndim - 2)),
                        y[after, sample], inner).transpose(0, 1)
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #694dd524
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #6523ad97
 def parameters_of(module, job:Job, found:tuple) -> dict:
     "Parameters that a program takes, by name. Raises ValueError for a tensor that is none of them."
     params = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
@@ -152,7 +154,7 @@ def work_of(job:Job, times:Tensor, inner:bool) -> tuple:
     h = one * (plan.first_step or torch.nan) if recipe.controller is not None else first_fixed(plan, one)
     state = (*((one, one, one < 0) if recipe.controller is not None else ()), *(() if recipe.fresh else (k,)))
     now = Now(torch.zeros((), dtype=torch.int64, device=y.device), torch.zeros_like(one, dtype=torch.int64),
-              times[:, 0].contiguous(), h, y, state)
+              flat_copy(times[:, 0]), h, y, state)
     return Work(job, recipe, course_of(plan, times), module, tuple(params), rebuilt, key), now, tuple(params.values())
 
 def between_steps(plan:Plan, times:Tensor) -> bool:

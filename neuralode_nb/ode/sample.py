@@ -148,7 +148,7 @@ class Landings:
         moved = now + (until - at)          # an inner time moves with the start, as on the page Steps
         return torch.where(active & lands, torch.where(landed == self.last, self.final, landed), moved)
 
-# %% ../../nbs/ode/37_sample.ipynb #ccdeded8
+# %% ../../nbs/ode/37_sample.ipynb #9daa6972
 class Fates:
     "Who is still on the way, at what cost, and why others are not."
     def __init__(self, active:Tensor):
@@ -161,11 +161,11 @@ class Fates:
         self.evals += (f_evals - self.seen) * which
         self.seen = f_evals
 
-    def count(self, accepted:Tensor, h:Tensor, f_evals:int):
-        "Note an attempt of all active samples."
+    def count(self, done:Tensor, h:Tensor, f_evals:int):
+        "Note an attempt of all active samples, and whose is accepted."
         self.charge(self.active, f_evals)
-        self.accepted, self.rejected = self.accepted + accepted, self.rejected + (self.active & ~accepted)
-        self.shortest, self.longest = self.shortest.minimum(h.where(accepted, torch.inf)), self.longest.maximum(h.where(accepted, 0.))
+        self.accepted, self.rejected = self.accepted + done, self.rejected + (self.active & ~done)
+        self.shortest, self.longest = self.shortest.minimum(h.where(done, torch.inf)), self.longest.maximum(h.where(done, 0.))
 
     def freeze(self, which:Tensor, status:Status, at:Tensor, h:Tensor):
         "Mark samples as failed; the others go on."

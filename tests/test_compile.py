@@ -1,0 +1,269 @@
+"""compile=True: the same answers and gradients as the eager loop, one program for each kind of solve.
+
+Most tests trace the loop and run it without a compiler (backend 'eager'): what is tested there is ours. A few compile."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from neuralode_nb import PID, SolveError, Status, odeint, solve
+from neuralode_nb.models.blocks import ODEBlock
+from neuralode_nb.ode import compiled
+
+D = dict(dtype=torch.float64)
+EXPLICIT = ['euler', 'midpoint', 'heun3', 'rk4', 'adaptive_heun', 'bosh3', 'fehlberg45', 'dopri5', 'tsit5', 'dopri8']
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch, request):
+    "Programs that are traced but not compiled, unless a test asks for more."
+    torch._dynamo.reset()
+    compiled.PROGRAMS.clear()
+    if 'real' not in request.keywords: monkeypatch.setattr(compiled, 'backend', 'eager')
+    yield
+    compiled.PROGRAMS.clear()
+
+
+class Field(nn.Module):
+    "A small field with two parameters that depends on time."
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(3)
+        self.w = nn.Parameter(torch.randn(3, 3, generator=g, **D))
+        self.b = nn.Parameter(torch.randn(3, generator=g, **D))
+
+    def forward(self, t, y): return torch.tanh(y @ self.w.t() + self.b) * torch.cos(t) - .3 * y
+
+
+def start(n=4): return torch.randn(n, 3, generator=torch.Generator().manual_seed(1), **D)
+
+
+def both(f, y0, t, method='tsit5', **options):
+    "The solution by a program and by the eager loop."
+    return [solve(f, y0, t, method, compile=c, **options) for c in (True, False)]
+
+
+def close(a, b, tol=1e-9):
+    "The same up to rounding, which may accept a step that lies on the border."
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize('inner', [False, True], ids=['ends', 'between'])
+@pytest.mark.parametrize('method', EXPLICIT)
+def test_equals_the_eager_loop_with_its_gradients(method, inner):
+    t = torch.linspace(0, 2, 7 if inner else 2, **D)
+    options = {} if method in EXPLICIT[4:] else {'step_size': .3}
+    found = []
+    for c in (True, False):
+        f, y0 = Field(), start().requires_grad_()
+        s = solve(f, y0, t, method, compile=c, **options)
+        weights = torch.linspace(1, 2, s.y.numel(), **D).view_as(s.y)
+        grads = torch.autograd.grad((s.y * weights).sum(), [y0, *f.parameters()])
+        found.append((s, grads))
+    (a, ga), (b, gb) = found
+    assert (a.stats.accepted, a.stats.rejected) == (b.stats.accepted, b.stats.rejected)
+    close(a.y, b.y)
+    for x, y in zip(ga, gb): close(x, y, 1e-8)
+    assert a.stats.backward_f_evals > 0 and a.y.requires_grad
+
+
+def test_statistics_count_what_was_evaluated():
+    calls = [0]
+    t = torch.tensor([0., 2.], **D)
+    a, b = both(Field(), start(), t)
+    assert a.stats.f_evals == b.stats.f_evals
+    assert math.isclose(a.stats.smallest_step, b.stats.smallest_step, rel_tol=1e-6)
+    assert math.isclose(a.stats.largest_step, b.stats.largest_step, rel_tol=1e-6)
+    assert calls == [0]
+
+
+@pytest.mark.parametrize('options', [
+    {'step_t': [.7]}, {'jump_t': [.5, 1.1]}, {'max_step': .1}, {'first_step': 1e-3}, {'controller': 'pid'},
+    {'controller': PID(safety=.8)}, {'norm': lambda y: y.abs().max()}, {'rtol': torch.tensor([1e-3, 1e-6, 1e-8], **D)},
+    {'rtol': 1e-9, 'atol': 1e-9}], ids=lambda o: '-'.join(o))
+@pytest.mark.parametrize('t', [[0., 2.], [0., .4, 1.1, 2.], [1., -1.]], ids=str)
+def test_options(options, t):
+    if 'jump_t' in options: f = lambda t, y: torch.where(t < .5, 1., -2.) * y
+    else: f = Field()
+    with torch.no_grad(): a, b = both(f, start(), t, **options)
+    assert (a.stats.accepted, a.stats.rejected) == (b.stats.accepted, b.stats.rejected)
+    close(a.y, b.y)
+
+
+def test_structured_states_args_and_functions():
+    net = nn.Linear(3, 3, **D)
+    def f(t, state, args):
+        y, z = state['y'], state['z']
+        return {'y': torch.tanh(net(y)) * args[0], 'z': -z * args[1]['rate'] + y.sum()}
+    found = []
+    for c in (True, False):
+        args = torch.tensor(.7, requires_grad=True, **D), {'rate': torch.tensor([.1, .2], requires_grad=True, **D)}
+        s = solve(f, {'y': start(), 'z': torch.ones(2, **D)}, [0., .5, 1.], args=args, compile=c)
+        loss = s.y['y'].square().sum() + s.y['z'].sum()
+        found.append((s.y, torch.autograd.grad(loss, [args[0], args[1]['rate'], *net.parameters()])))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-9)
+
+
+class Owner:
+    "An object whose method is a field."
+    def __init__(self): self.net = nn.Linear(3, 3, **D)
+    def rate(self, t, y): return torch.sin(self.net(y))
+
+
+@pytest.mark.parametrize('kind', ['method', 'lambda', 'partial'])
+def test_parameters_within_sight_of_functions_get_gradients(kind):
+    from functools import partial
+    owner = Owner()
+    f = {'method': owner.rate, 'lambda': lambda t, y: owner.net(y), 'partial': partial(lambda net, t, y: net(y), owner.net)}[kind]
+    grads = []
+    for c in (True, False):
+        grads.append(torch.autograd.grad(solve(f, start(), [0., 1.], compile=c).y.sum(), list(owner.net.parameters())))
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize('method', ['tsit5', 'bosh3', 'rk4'])
+def test_each_sample_its_own_steps(method):
+    each = torch.tensor([[0., .3, 1.], [0., 2., math.nan], [1., .5, -1.], [0., 0., 0.]], **D)
+    options = {'step_size': .2} if method == 'rk4' else {}
+    found = []
+    for c in (True, False):
+        f, y0 = Field(), start().requires_grad_()
+        s = solve(f, y0, each, method, batch='sample', compile=c, **options)
+        found.append((s, torch.autograd.grad(s.y.nan_to_num().square().sum(), [y0, *f.parameters()])))
+    (a, ga), (b, gb) = found
+    torch.testing.assert_close(a.y, b.y, rtol=1e-9, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(ga, gb, rtol=1e-8, atol=1e-9)
+    assert a.status == b.status
+    for name in ('accepted', 'rejected', 'f_evals'): assert getattr(a.stats, name).tolist() == getattr(b.stats, name).tolist(), name
+
+
+def test_longer_than_a_record():
+    t = torch.tensor([0., 1.3, 60.], **D)
+    found = []
+    for c in (True, False):
+        f, y0 = Field(), start(1).requires_grad_()
+        s = solve(f, y0, t, 'bosh3', rtol=1e-7, atol=1e-9, compile=c)
+        found.append((s, torch.autograd.grad(s.y.square().sum(), [y0, *f.parameters()])))
+    (a, ga), (b, gb) = found
+    assert a.stats.accepted == b.stats.accepted > 2 * 256
+    close(a.y, b.y)
+    torch.testing.assert_close(ga, gb, rtol=1e-7, atol=1e-9)
+
+
+FAILS = {'blows up': (lambda t, y: y**2, {}), 'nan': (lambda t, y: torch.where(t > .2, math.nan, 1.) * y, {}),
+         'too many': (lambda t, y: torch.cos(40 * t) * y, {'max_steps': 5}), 'nan state': (lambda t, y: y, {}),
+         'fixed nan': (lambda t, y: torch.where(t > .2, math.nan, 1.) * y, {'method': 'rk4', 'step_size': .1})}
+
+
+@pytest.mark.parametrize('name', FAILS)
+def test_failures_are_diagnosed_as_by_the_eager_loop(name):
+    f, options = FAILS[name]
+    options = {'method': 'tsit5', **options}
+    y0 = torch.tensor([1., math.nan if name == 'nan state' else 2.], **D)
+    a, b = (solve(f, y0, [0., 1.], throw=False, compile=c, **options) for c in (True, False))
+    assert a.status == b.status != Status.success
+    assert (a.failure.time, a.failure.sample) == (b.failure.time, b.failure.sample)
+    with pytest.raises(SolveError): solve(f, y0, [0., 1.], compile=True, **options)
+
+
+REFUSED = {
+    'method': (dict(method='kvaerno5'), 'kvaerno5.*explicit'), 'gradient': (dict(gradient='adjoint'), 'checkpoint'),
+    'events': (dict(events=lambda t, y: y[0, 0]), 'events'), 'dense': (dict(dense=True), 'dense'),
+    'seconds': (dict(max_seconds=3), 'time budget'), 'complex': (dict(y0=torch.ones(2, dtype=torch.complex128)), 'view_as_real'),
+    'times': (dict(t=torch.tensor([0., 1.], requires_grad=True, **D)), 'detach t')}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_is_not_compiled_is_refused_by_name(name):
+    options, words = REFUSED[name]
+    options = {'y0': start(), 't': [0., 1.], **options}
+    with pytest.raises(ValueError, match=words): solve(lambda t, y: -y, compile=True, **options)
+
+
+def test_a_field_that_cannot_be_traced_is_refused_with_the_reason():
+    def f(t, y): return -y if y.sum().item() > 0 else y
+    with pytest.raises(ValueError, match='torch.where'): solve(f, start(), [0., 1.], compile=True)
+
+
+def test_tensors_outside_modules_are_refused():
+    w = torch.tensor(2., requires_grad=True, **D)
+    with pytest.raises(ValueError, match='pass it in args'): solve(lambda t, y: -w * y, start(), [0., 1.], compile=True)
+    with torch.no_grad(): solve(lambda t, y: -w * y, start(), [0., 1.], compile=True)
+
+
+def test_second_derivatives_and_changes_in_between_are_refused():
+    f, y0 = Field(), start().requires_grad_()
+    y = solve(f, y0, [0., 1.], compile=True).y
+    with pytest.raises(RuntimeError, match='create_graph'): torch.autograd.grad(y.sum(), y0, create_graph=True)
+    y = solve(f, y0, [0., 1.], compile=True).y
+    with torch.no_grad(): f.w += 1
+    with pytest.raises(RuntimeError, match='inplace'): y.sum().backward()
+
+
+def test_frozen_parameters_get_none():
+    f, y0 = Field(), start()
+    f.b.requires_grad_(False)
+    solve(f, y0, [0., 1.], compile=True).y.sum().backward()
+    assert f.b.grad is None and f.w.grad.abs().sum() > 0
+
+
+def test_other_times_states_tolerances_and_weights_are_no_new_program():
+    f = Field()
+    def run(t, y0, tol): solve(f, y0, t, rtol=tol, compile=True).y.sum().backward()
+    run(torch.linspace(0, 1, 5, **D), start(), 1e-6)
+    count = compiled.graphs()
+    run(torch.linspace(0, 3, 5, **D), start() + 1, 1e-4)
+    run(torch.linspace(2, -1, 9, **D), start() * 2, 1e-8)
+    with torch.no_grad(): f.w.mul_(.5)
+    run(torch.linspace(0, 1, 5, **D), start(), 1e-6)
+    assert compiled.graphs() == count
+    run(torch.linspace(0, 1, 5, **D), start(7), 1e-6)
+    assert compiled.graphs() > count       # another shape
+
+
+def test_what_f_reads_is_looked_at_again():
+    class Switch(nn.Module):
+        rate = 1.
+        def forward(self, t, y): return -self.rate * y
+    f, y0 = Switch(), start()
+    with torch.no_grad():
+        first = solve(f, y0, [0., 1.], compile=True).y[-1]
+        f.rate = 2.
+        second = solve(f, y0, [0., 1.], compile=True).y[-1]
+    close(first, y0 * math.exp(-1), 1e-5)
+    close(second, y0 * math.exp(-2), 1e-5)
+
+
+def test_without_a_compiler_there_is_a_message_and_the_same_answer(monkeypatch):
+    def none(): raise RuntimeError("no compiler")
+    monkeypatch.setattr('torch._inductor.cpp_builder.get_cpp_compiler', none)
+    with pytest.warns(UserWarning, match='install g'): a = solve(Field(), start(), [0., 1.], compile=True)
+    torch.testing.assert_close(a.y, solve(Field(), start(), [0., 1.]).y, rtol=0, atol=0)
+
+
+def test_blocks_take_it():
+    block = ODEBlock(Field(), method='bosh3', compile=True)
+    y0 = start()
+    block(y0).sum().backward()
+    plain = ODEBlock(Field(), method='bosh3')
+    plain(y0).sum().backward()
+    close(block.f.w.grad, plain.f.w.grad, 1e-8)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize('batch', ['joint', 'sample'])
+def test_compiled_by_the_real_compiler(batch):
+    f = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    field = lambda t, y: f(y**3)
+    y0, t = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 2, 4)
+    found = []
+    for c in (True, False):
+        s = solve(field, y0, t, 'bosh3', batch=batch, compile=c)
+        found.append((s, torch.autograd.grad(s.y.square().sum(), list(f.parameters()))))
+    (a, ga), (b, gb) = found
+    torch.testing.assert_close(a.y, b.y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ga, gb, rtol=1e-4, atol=1e-5)
+    assert a.stats.compile_seconds > 0
+    again = solve(field, y0 + 1, t * 2, 'bosh3', batch=batch, compile=True)
+    assert again.stats.compile_seconds == 0
