@@ -148,7 +148,8 @@ def test_an_event_that_never_happens_is_a_failure_with_a_cause():
 
 
 @pytest.mark.parametrize("method", ["tsit5", "rk4", "radau5"])
-@pytest.mark.parametrize("second", [lambda t, y: y[0] - .3, lambda t, y: .3 - y[0], lambda t, y: 7 * (y[1] - .7), lambda t, y: t - .3],
+@pytest.mark.parametrize("second", [lambda t, y: y[0] - .3, lambda t, y: .3 - y[0], lambda t, y: 7 * (y[1] - .7),
+                                    lambda t, y: t - .3],
                          ids=["same", "other way", "scaled", "of time"])
 @pytest.mark.parametrize("more", [dict(), dict(step_t=[.3])], ids=["inside a step", "at its end"])
 def test_events_at_the_same_time_all_happen(method, second, more):

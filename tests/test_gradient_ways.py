@@ -199,7 +199,8 @@ def test_what_the_quadrature_of_gauss_costs():
     "As many nodes as the order needs on a fixed grid, whatever the tolerances; no chase after rounding in single precision."
     def backward(dtype, method, **options):
         torch.manual_seed(0)
-        net, y0 = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 4)).to(dtype), torch.linspace(-2, 2, 64).view(16, 4).to(dtype)
+        net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 4)).to(dtype)
+        y0 = torch.linspace(-2, 2, 64).view(16, 4).to(dtype)
         found = solve(lambda t, y: net(y) * torch.cos(3 * t), y0, [0., 2.], method, gradient="gauss", **options)
         found.y[-1].square().sum().backward()
         return found.stats.backward_f_evals, found.stats.accepted
@@ -207,7 +208,8 @@ def test_what_the_quadrature_of_gauss_costs():
         evals, steps = backward(torch.float64, method, step_size=.2, rtol=1e-9, atol=0.)
         assert evals <= (stages + 2) * steps + 1
     for rtol in (1e-6, 1e-7, 1e-9):
-        (double, steps), (single, more) = (backward(dtype, "tsit5", rtol=rtol, atol=rtol) for dtype in (torch.float64, torch.float32))
+        (double, steps), (single, more) = (backward(dtype, "tsit5", rtol=rtol, atol=rtol)
+                                           for dtype in (torch.float64, torch.float32))
         assert single / more < 1.2 * double / steps, rtol
 
 
@@ -454,7 +456,8 @@ def test_a_field_that_differentiates_inside_where_no_gradient_is_wanted(way, met
     assert not y.requires_grad and torch.allclose(y.clone(), expected, rtol=1e-5)
 
 
-FAMILIES = ["tsit5", "rk4", "adams", "explicit_adams", "kvaerno5", "trbdf2", "radau5", "rodas5p", "bdf", "auto", "alf", "scipy_solver"]
+FAMILIES = ["tsit5", "rk4", "adams", "explicit_adams", "kvaerno5", "trbdf2", "radau5", "rodas5p", "bdf", "auto", "alf",
+            "scipy_solver"]
 
 
 @pytest.mark.parametrize("how", ["plain", "sample", "dense", "events", "resumed", "odeint"])

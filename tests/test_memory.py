@@ -97,14 +97,15 @@ def test_auto_stays_within_its_budget_or_says_what_it_needs(width, hidden, batch
     y0 = torch.randn(batch, width)
 
     def work(gradient):
-        y = solve(lambda t, y: net(y) * torch.cos(4 * t), y0, [0., 1.], method, gradient=gradient, rtol=1e-5, atol=1e-5, **options).y
+        f = lambda t, y: net(y) * torch.cos(4 * t)
+        y = solve(f, y0, [0., 1.], method, gradient=gradient, rtol=1e-5, atol=1e-5, **options).y
         torch.autograd.grad(y[-1].square().sum(), list(net.parameters()))
 
     full, silent = peak_memory(lambda: work("direct"), y0.device), 0
     for share in (3, 1, .5, .2, .05):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            used = peak_memory(lambda: work(Auto(memory=share * full)), y0.device)
+            used = peak_memory(lambda share=share: work(Auto(memory=share * full)), y0.device)
         short = [w for w in told if "most frugal" in str(w.message)]
         assert used <= share * full or short
         silent += not short

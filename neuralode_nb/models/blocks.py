@@ -20,7 +20,7 @@ from ..ode.checks import check_times
 from ..ode.parameters import named_tensors
 from ..ode.solve import solve
 
-# %% ../../nbs/models/01_blocks.ipynb #923679f0
+# %% ../../nbs/models/01_blocks.ipynb #95e40a8a
 def solver_options()->tuple:     # of `solve`, less those that a block sets itself
     "The settings that a block can take."
     own = ("f", "y0", "t", "args", "dense", "throw")
@@ -35,7 +35,7 @@ def check_settings(
         raise TypeError(f"{unknown[0]}={options[unknown[0]]!r} is not an option of a block: use {', '.join(solver_options())}")
     times = tuple(check_times(t)[0])
     if times[0] == times[-1]: raise ValueError(f"t={times} spans no time: a block needs a beginning and a different end")
-    needs_state = {name for name in ("rtol", "atol") if not isinstance(options.get(name, 0.), (int, float))} | {"norm"}
+    needs_state = {name for name in ("rtol", "atol") if not isinstance(options.get(name, 0.), (int, float))} | {"norm", "compile"}
     general = {name: value for name, value in options.items() if name not in needs_state}
     with torch.no_grad(): solve(lambda t, y: torch.zeros_like(y), torch.zeros(1), times, **general, throw=False)
     return times

@@ -20,7 +20,7 @@ from .parameters import Known
 from .schedules import Checkpoint, Kept
 from .steps import Clock, Plan
 
-# %% ../../nbs/ode/11_checkpoint.ipynb #bf8839e0
+# %% ../../nbs/ode/11_checkpoint.ipynb #69280fef
 @dataclass
 class Job:
     "A plan and what its gradient needs."
@@ -48,8 +48,8 @@ class Job:
         for x, version in self.frozen:
             if x._version != version:
                 raise RuntimeError(
-                    f"a tensor of shape {tuple(x.shape)} that f uses was modified by an inplace operation after the solve, so f can "
-                    "no longer be differentiated where it was solved: call backward first, or solve with gradient='direct'")
+                    f"a tensor of shape {tuple(x.shape)} that f uses was modified by an inplace operation after the solve, so f "
+                    "can no longer be differentiated where it was solved: call backward first, or solve with gradient='direct'")
 
 # %% ../../nbs/ode/11_checkpoint.ipynb #625c1944
 class Retracer:

@@ -7,7 +7,7 @@ __all__ = ['SHARED', 'ADAPTIVE', 'FIXED', 'ORDERS', 'GAINS', 'NAMES', 'CHUNK', '
            'plan_from', 'callbacks_of', 'first_event', 'odeint_event', 'odeint', 'backward_options', 'odeint_adjoint',
            'odeint_dense']
 
-# %% ../../nbs/ode/16_compat.ipynb #27cb939c
+# %% ../../nbs/ode/16_compat.ipynb #7ba6dd96
 import math
 from dataclasses import replace
 from functools import lru_cache
@@ -16,6 +16,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from .compiled import refuse_compiled
 from .control import PID
 from .base import Failure, SolveError, Status
 from .catalogue import BUILDERS, find_method, stepper_of
@@ -69,8 +70,8 @@ def grid_from(constructor:Callable, f, y0, t:Tensor) -> Callable:
         return [times[0], *inner, times[-1]]
     return grid
 
-# %% ../../nbs/ode/16_compat.ipynb #2ce42b02
-def plan_from(func, y0, t, rtol, atol, method, options, name:str='options') -> tuple:
+# %% ../../nbs/ode/16_compat.ipynb #270d0204
+def plan_from(func, y0, t, rtol, atol, method, options, name:str='options', compile:bool=False) -> tuple:
     "(plan, tensors in args: none) from torchdiffeq's arguments."
     tableau = find_method('dopri5' if method is None else method)
     if method == 'trbdf2': tableau = between(tableau, 'linear')       # on a grid there, with no error estimate
@@ -86,7 +87,8 @@ def plan_from(func, y0, t, rtol, atol, method, options, name:str='options') -> t
     gains = {ours: float(o[theirs]) for ours, theirs in GAINS.items() if theirs in o}
     plan, tensors = make_plan(func, y0, t, tableau, grid, rtol, atol, controller=PID(**gains) if gains else None,
                               norm=o.get('norm'), first_step=o.get('first_step'), min_step=o.get('min_step', 0.),
-                              step_t=o.get('step_t'), max_step=o.get('max_step', math.inf), jump_t=jumps, max_steps=limit)
+                              step_t=o.get('step_t'), max_step=o.get('max_step', math.inf), jump_t=jumps, max_steps=limit,
+                              compile=compile)
     if o.get('perturb'): plan = replace(plan, jump_t=tuple(plan.grid(plan.times)))     # evaluate just inside each step
     return replace(plan, callbacks=callbacks_of(func, plan)), tensors
 
@@ -135,7 +137,7 @@ def odeint_event(
     t = torch.cat([t0, t0.detach() + (-1. if reverse_time else 1.)])
     return (odeint_interface or odeint)(func, y0, t, event_fn=event_fn, **kwargs)
 
-# %% ../../nbs/ode/16_compat.ipynb #eb5bf87c
+# %% ../../nbs/ode/16_compat.ipynb #0a874c09
 @outside_inference
 def odeint(
     func:Callable,            # f(t, y)
@@ -146,10 +148,12 @@ def odeint(
     method:str|None=None,     # 'dopri5' if None; any name in METHODS, or a Tableau
     options:dict|None=None,   # see `check_options`
     event_fn=None,            # (t, y) -> tensor: stop at its first sign change, and return (time, states) instead
+    compile:bool=False,       # not in torchdiffeq: the whole loop as one program, see `solve`
 ):                            # states at t, leading axis time; structure of y0
     "torchdiffeq's odeint: solve, and let autograd through every operation."
-    plan, tensors = plan_from(func, y0, t, rtol, atol, method, options)
+    plan, tensors = plan_from(func, y0, t, rtol, atol, method, options, compile=compile)
     job = Job(plan, tuple(tensors))
+    refuse_compiled(job.plan, t, 'direct', event_fn=event_fn)
     return run_plan(job, t, 'direct').y if event_fn is None else first_event(job, t, event_fn, 'direct')
 
 # %% ../../nbs/ode/16_compat.ipynb #e8215e5d

@@ -6,7 +6,7 @@
 __all__ = ['all_steps_back', 'Work', 'Stretch', 'room_for', 'stretches', 'wants', 'observed', 'parameters_of', 'work_of',
            'between_steps', 'counted', 'first_fixed', 'compiled_march']
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #2303bc4a
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #8370685c
 import warnings
 from typing import Any, NamedTuple
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from .base import Stats
 from .checkpoint import Job
 from .compiled import (all_attempts, as_module, call, can_compile, course_of, flat_copy, laid_out, recipe_of)
-from .dense import interpolate
+from .dense import exponents
 from .loop import Run
 from .masked import Course, Now, Recipe, Record, both_ends, field_of, make_record, masked_step
 from .parameters import touched
 from .sample import SampleClock, wide
 from .steps import Clock, Plan
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #3c093002
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #19be04c7
 def all_steps_back(recipe:Recipe, f, names, params, leaves, rebuilt, course:Course, record:Record, n:Tensor, y_bar:Tensor,
                    k_bar:Tensor|None) -> tuple:
     "Gradients for (state at the start, params, leaves of args) from those of the record's states and stages."
@@ -31,7 +31,8 @@ def all_steps_back(recipe:Recipe, f, names, params, leaves, rebuilt, course:Cour
     def body(i, bar, *totals):
         at = (i - 1).view(1)
         start, end, took, y = (x.index_select(0, at)[0] for x in record[:4])
-        ends, by, some = both_ends(start, end, course.jumps, course.sign, y.dtype), wide((end - start).to(y.dtype), y), wide(took, y)
+        ends = both_ends(start, end, course.jumps, course.sign, y.dtype)
+        by, some = wide((end - start).to(y.dtype), y), wide(took, y)
         def again(y, params, leaves):
             field = field_of(recipe, f, names, params, rebuilt(leaves))
             y1, k = masked_step(recipe, field, *ends, by, y, field(ends[0], y))
@@ -44,7 +45,7 @@ def all_steps_back(recipe:Recipe, f, names, params, leaves, rebuilt, course:Cour
     _, bar, *totals = while_loop(lambda i, *rest: i > 0, body, begin)
     return bar, *totals
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #7e6c0de1
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #8fbbba41
 class Work(NamedTuple):
     "A solve that is compiled."
     job:Job
@@ -55,6 +56,7 @@ class Work(NamedTuple):
     rebuilt:Any             # leaves of args -> what f takes after (t, y)
     key:tuple               # which program
 
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #46dc303e
 class Stretch(torch.autograd.Function):
     "The states (and stages) of a record, as a function of the first one, of args and of parameters."
     @staticmethod
@@ -68,19 +70,20 @@ class Stretch(torch.autograd.Function):
         if torch.is_grad_enabled(): raise RuntimeError(
             "compile=True has first derivatives only: for create_graph=True solve without compile")
         work, tensors = ctx.work, ctx.saved_tensors
-        y, *detached = (x.detach() for x in tensors)
+        y, *inputs = (tensors[0].detach(), *(laid_out(x.detach()) for x in tensors[1:]))
         job, m = work.job, len(work.job.args)
         job.unchanged()
         job.run.stats.backward_f_evals += ctx.rows * work.recipe.last
-        params = tuple(map(laid_out, detached[m:]))
+        params = tuple(inputs[m:])
         with torch.autocast(y.device.type, enabled=False):
-            bar, *rest = call(all_steps_back, (*work.key, k_bar is None), job.run.stats, work.recipe, work.module, work.names, params,
-                              tuple(detached[:m]), work.rebuilt, work.course, ctx.record._replace(y=y), ctx.n, y_bar.contiguous(),
-                              k_bar if k_bar is None else k_bar.contiguous())
+            bar, *rest = call(
+                all_steps_back, (*work.key, k_bar is None), job.run.stats, work.recipe, work.module, work.names, params,
+                tuple(inputs[:m]), work.rebuilt, work.course, ctx.record._replace(y=y), ctx.n, y_bar.contiguous(),
+                k_bar if k_bar is None else k_bar.contiguous())
         grads = [*rest[len(params):], *rest[:len(params)]]
         return None, None, None, None, bar, *[g if x.requires_grad else None for g, x in zip(grads, tensors[1:])]
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #ed2d4afe
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #508e974d
 def room_for(y:Tensor, stages:int, states:bool) -> int:
     "Rows of a record."
     if not states: return 1024
@@ -89,7 +92,8 @@ def room_for(y:Tensor, stages:int, states:bool) -> int:
 def stretches(work:Work, now:Now, tensors:tuple, stages:int, states:bool) -> tuple:
     "([(record, rows)], where all samples are) of a whole solve; None for that if it failed."
     job, m, found = work.job, len(work.job.args), []
-    leaves, params = (tuple(x.detach() for x in part) for part in (tensors[:m], map(laid_out, tensors[m:])))
+    inputs = [laid_out(x.detach()) for x in tensors]
+    leaves, params = tuple(inputs[:m]), tuple(inputs[m:])
     while True:
         record = make_record(now.y, room_for(now.y, stages, states), stages, states)
         with torch.no_grad():
@@ -108,7 +112,7 @@ def wants(*tensors) -> bool:
     "Does any of them require grad?"
     return any(x is not None and x.requires_grad for x in tensors)
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #04882873
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #5581e2c2
 def observed(work:Work, found:list, times:Tensor, last:Tensor) -> Tensor:
     "States at times (samples, times): (times, samples, …)."
     course, gather = work.course, lambda i: torch.cat([record[i][:n] for record, n in found])
@@ -119,20 +123,21 @@ def observed(work:Work, found:list, times:Tensor, last:Tensor) -> Tensor:
     after = step + (times != begin)
     if found[0][0].k is None: return y[after, sample].transpose(0, 1)
     span = end - begin
-    theta = torch.where(span == 0, 0., (times - begin) / torch.where(span == 0, 1., span))
-    k, h = gather(4).flatten(0, 1), (ends - starts).flatten().to(y.dtype)
-    dense = work.job.plan.method.coefficients(y.dtype, y.device).dense
-    inner = interpolate(y[:-1].flatten(0, 1), k, h, dense, (step * len(times) + sample).flatten(), theta.flatten().to(y.dtype))
-    inner = inner.view(*times.shape, *y.shape[2:])
-    return torch.where(wide(((times == begin) | (times == end)).flatten(), inner.flatten(0, 1)).view(*times.shape, *[1] * (y.ndim - 2)),
-                       y[after, sample], inner).transpose(0, 1)
+    theta = torch.where(span == 0, 0., (times - begin) / torch.where(span == 0, 1., span)).to(y.dtype)
+    k, h = gather(4), (ends - starts).to(y.dtype)[..., None, None]
+    dense = work.job.plan.method.coefficients(y.dtype, y.device).dense[:k.shape[2]]
+    rows = torch.einsum('nbsd,sp->nbpd', k, dense) * h             # of the polynomial in theta of each step
+    powers = theta[..., None] ** exponents(dense.shape[1], y.device)
+    inner = y[step, sample].flatten(2) + (powers[..., None] * rows[step, sample]).sum(2)
+    on_end = ((times == begin) | (times == end))[..., None]
+    return torch.where(on_end, y[after, sample].flatten(2), inner).view(*times.shape, *y.shape[2:]).transpose(0, 1)
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #6523ad97
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #5b4f91ff
 def parameters_of(module, job:Job, found:tuple) -> dict:
     "Parameters that a program takes, by name. Raises ValueError for a tensor that is none of them."
     params = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     known = {id(p) for p in params.values()}
-    if strange := [x for x in found if id(x) not in known]:
+    if torch.is_grad_enabled() and (strange := [x for x in found if id(x) not in known]):
         raise ValueError(f"compile=True differentiates the parameters of modules and args, but f uses a tensor of shape "
                          f"{tuple(strange[0].shape)} that is neither: pass it in args, or leave compile out")
     return params
@@ -150,13 +155,14 @@ def work_of(job:Job, times:Tensor, inner:bool) -> tuple:
     key = plan.method.name, plan.layout.flat_shape, plan.layout.dtype, plan.y0.device.type, each
     job.frozen = [(x, x._version) for x in read]
     y, k = (plan.y0, k) if each else (plan.y0[None], k[None])
-    one = torch.ones_like(times[:, 0])
+    one = times.new_ones(len(times))
     h = one * (plan.first_step or torch.nan) if recipe.controller is not None else first_fixed(plan, one)
     state = (*((one, one, one < 0) if recipe.controller is not None else ()), *(() if recipe.fresh else (k,)))
     now = Now(torch.zeros((), dtype=torch.int64, device=y.device), torch.zeros_like(one, dtype=torch.int64),
               flat_copy(times[:, 0]), h, y, state)
     return Work(job, recipe, course_of(plan, times), module, tuple(params), rebuilt, key), now, tuple(params.values())
 
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #9dd416d2
 def between_steps(plan:Plan, times:Tensor) -> bool:
     "Is any observation at a time that no step need land on?"
     if plan.grid == 'times': return False
@@ -170,8 +176,8 @@ def counted(stats:Stats, found:list, last:Now, recipe:Recipe, each:bool):
     size = torch.cat([(record.ends - record.starts)[:n] for record, n in found]).abs()
     low, high = torch.where(took, size, torch.inf).amin(0), torch.where(took, size, 0.).amax(0)
     accepted = took.sum(0)
-    evals = last.tried * (recipe.last - 1 + recipe.fresh) + 1
-    if recipe.controller is not None: evals = evals + len(found) * (1 + recipe.fresh)
+    first = 1 + (0 if recipe.controller is None else len(found) * (1 + recipe.fresh))
+    evals = last.tried * (recipe.last - 1 + recipe.fresh) + first * (last.tried > 0)
     given = dict(accepted=accepted, rejected=last.tried - accepted, f_evals=evals, smallest_step=low, largest_step=high)
     for name, value in given.items(): setattr(stats, name, value if each else value.item())
 
@@ -179,12 +185,13 @@ def first_fixed(plan:Plan, one:Tensor) -> Tensor:
     "Length of fixed steps: as given, or up to the next stop."
     return one * (plan.grid if isinstance(plan.grid, float) else torch.inf)
 
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #d54aa832
 def compiled_march(job:Job, times:Tensor) -> Run|None:
     "Solve a plan by a program; None if it failed, so that the eager loop finds out why. `times`: (samples, times), float64."
     plan, stats = job.plan, Stats()
-    if not plan.compile or (times[:, 0] == times[:, -1]).all(): return None
+    if not plan.whole or (times[:, 0] == times[:, -1]).all(): return None
     if reason := can_compile():
-        warnings.warn(f"{reason}; solved without it")
+        warnings.warn(f"{reason}; solved without it", stacklevel=2)
         return None
     job.run = Run(None, stats)
     inner = between_steps(plan, times)

@@ -36,14 +36,14 @@ CONTINUOUS = 'adjoint', 'interpolated', 'gauss'
 EXPLICIT = None, ExplicitStepper
 MATRIX_FREE = *EXPLICIT, AdamsStepper, FixedAdamsStepper      # steps that solve no system with a Jacobian
 
-# %% ../../nbs/ode/13_gradient.ipynb #f81f6def
+# %% ../../nbs/ode/13_gradient.ipynb #e6b29e2e
 def differentiable_march(job:Job, t:Tensor|None, how:str) -> Run:
     "Solve a plan so that its result carries a gradient, if anything asks for one."
     plan = job.plan
     graph, inside = torch.is_grad_enabled(), transformed()
     if how == 'direct' or not graph or inside or plan.times[0] == plan.times[-1]:
         if inside: refuse_transform(plan)
-        else: refuse(job, t, how, named_tensors(plan.source).values())
+        else: refuse(job, t, how)
         return march(plan, t, differentiable=graph or inside)
     args, f = job.leaves(job.args)
     params, read = job.params, ()
@@ -107,17 +107,19 @@ def reason_against(plan:Plan, how:str, backward:Plan) -> str|None:
     if how in ('adjoint', 'interpolated') and backward.grid is None and not torch.as_tensor(backward.atol).all(): return 'relative'
     return 'split' if how == 'gauss' and backward.stepper is ImexStepper else None
 
-# %% ../../nbs/ode/13_gradient.ipynb #e51b7527
+# %% ../../nbs/ode/13_gradient.ipynb #1d81fce7
 def refuse_transform(plan:Plan):
     "Raises ValueError for methods through which the transforms of torch.func cannot see."
     if plan.stepper in EXPLICIT: return
     raise ValueError(f"method={plan.method.name!r} cannot be solved inside a transform of torch.func (grad, vmap, jvp, …) or with "
                      "forward-mode tensors: use an explicit method such as 'tsit5', or torch.autograd and batch='sample'")
 
-def refuse(job:Job, t:Tensor|None, how:str, params):
-    "Raises ValueError if a gradient is wanted that is not defined here."
+def refuse(job:Job, t:Tensor|None, how:str, params=None):
+    "Raises ValueError if a gradient is wanted that is not defined here; `params` are what f holds, if they are not given."
     backward = job.backward or job.plan
     reason = reason_against(job.plan, how, backward)
-    if reason is None or not wants_gradient(job.plan.y0, t, *job.args, *params): return
+    if reason is None: return       # before anything is looked for
+    params = named_tensors(job.plan.source).values() if params is None else params
+    if not wants_gradient(job.plan.y0, t, *job.args, *params): return
     method = (backward if how in CONTINUOUS else job.plan).method.name
     raise ValueError(f"gradient={how!r}: method={method!r} {REASONS[reason]}")

@@ -6,11 +6,11 @@
 __all__ = ['Recipe', 'rms_each', 'field_of', 'combined', 'masked_step', 'land', 'both_ends', 'guess_each', 'Course', 'going_on',
            'judge_each', 'Record', 'make_record', 'write', 'Now', 'one_attempt']
 
-# %% ../../nbs/ode/53_masked.ipynb #42342eaa
-from typing import Any, Callable, NamedTuple
+# %% ../../nbs/ode/53_masked.ipynb #ff9a0df6
+from typing import Callable, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Layout
 from .control import PID
@@ -93,7 +93,7 @@ def guess_each(recipe:Recipe, field:Callable, now:Tensor, y:Tensor, k:Tensor, si
     h = torch.minimum(50 * h0, torch.where(d2.isfinite(), h1, h0)).minimum(span)
     return torch.where((d0 + d1).isfinite(), h, torch.nan)
 
-# %% ../../nbs/ode/53_masked.ipynb #fbb32fc9
+# %% ../../nbs/ode/53_masked.ipynb #ad774738
 class Course(NamedTuple):
     "Where a solve goes and how exactly."
     stops:Tensor            # (samples, stops) float64: times to land on
@@ -111,7 +111,7 @@ def going_on(recipe:Recipe, course:Course, now:Tensor, h:Tensor) -> Tensor:
     if recipe.controller is None: return now != course.final
     return (now != course.final) & (h > 8.9e-16 * now.abs()) & (h >= course.shortest)
 
-def judge_each(recipe:Recipe, course:Course, y:Tensor, y1:Tensor, error:Tensor, size:Tensor, h:Tensor, going:Tensor, state) -> tuple:
+def judge_each(recipe:Recipe, course:Course, y:Tensor, y1:Tensor, error:Tensor, size:Tensor, h:Tensor, going:Tensor, state):
     "(which attempts count, next lengths, the controller's next state)"
     allowed = course.atol + course.rtol * torch.maximum(y.abs(), y1.abs())
     good, factor, new = next_each(recipe.controller, state, recipe.measure(error / allowed).double(), recipe.order)
@@ -145,7 +145,7 @@ def write(record:Record, n:Tensor, start:Tensor, end:Tensor, took:Tensor, y:Tens
     if record.y is not None: record.y.index_copy_(0, at, y[None])
     if record.k is not None: record.k.index_copy_(0, at, torch.stack([x.flatten(1) for x in k], 1)[None])
 
-# %% ../../nbs/ode/53_masked.ipynb #e441e7b4
+# %% ../../nbs/ode/53_masked.ipynb #08737eac
 class Now(NamedTuple):
     "Where all samples are."
     n:Tensor                # int64: rows of the record that are filled
@@ -158,7 +158,8 @@ class Now(NamedTuple):
 def one_attempt(recipe:Recipe, course:Course, field:Callable, record:Record, now:Now) -> Now:
     "Try a step of every sample, keep what counts."
     going = going_on(recipe, course, now.t, now.h)
-    until = land(now.t, now.h.clamp(max=course.longest), going, course, 1 + 1e-9 if recipe.controller is None else 1.1)
+    reach = 1.1 if recipe.controller else 1 + 1e-9      # fixed steps stretch no further than rounding
+    until = land(now.t, now.h.clamp(max=course.longest), going, course, reach)
     tau, tau1 = both_ends(now.t, until, course.jumps, course.sign, now.y.dtype)
     by, y = wide((until - now.t).to(now.y.dtype), now.y), now.y
     k0 = field(tau, y) if recipe.fresh else now.rest[-1]
@@ -170,4 +171,5 @@ def one_attempt(recipe:Recipe, course:Course, field:Callable, record:Record, now
     write(record, now.n, now.t, until, took, y, k)
     some = wide(took, y)
     if not recipe.fresh: rest = [*rest, torch.where(some, k[-1], k0)]
-    return Now(now.n + took.any(), now.tried + going, torch.where(took, until, now.t), h, torch.where(some, y1, y), tuple(rest))
+    t, y = torch.where(took, until, now.t), torch.where(some, y1, y)
+    return Now(now.n + took.any(), now.tried + going, t, h, y, tuple(rest))

@@ -44,13 +44,14 @@ def reached(run:Run, event:tuple|None=None) -> Reached|None:
     if run.failure is None or run.failure.status not in BUDGETS: step = controller = None
     return Reached(time, state, observations, step, controller, event)
 
-# %% ../../nbs/ode/44_resume.ipynb #60720af7
-def check_resume(sol, y0, t, batch, dense:bool, events):
+# %% ../../nbs/ode/44_resume.ipynb #5102bb3c
+def check_resume(sol, y0, t, batch, dense:bool, events, compile:bool=False):
     "Is this the beginning of that solve? Raises TypeError or ValueError."
     if not isinstance(sol, Solution):
         raise TypeError(f"resume={type(sol).__name__} must be a Solution: what solve(..., throw=False) returned, or error.solution")
     if batch == 'sample' or isinstance(sol.status, list):
         raise ValueError("resume is not available with batch='sample': solve the samples that failed again, from their last states")
+    if compile: raise ValueError("compile=True does not go with resume: leave compile out")
     if dense or sol.dense is not None:
         raise ValueError("resume cannot join dense output: leave dense=True out, and ask for more times in t")
     if sol.status is Status.success: raise ValueError("resume: this solution is complete, there is nothing left to solve")

@@ -38,7 +38,7 @@ def refuse_own_control(method, controller, norm):
     if getattr(method, 'differentiable', True) or controller is norm is None: return
     raise ValueError(f"controller and norm cannot be given to method={method.name!r}, which has its own: leave them out")
 
-# %% ../../nbs/ode/15_solve.ipynb #fb22d250
+# %% ../../nbs/ode/15_solve.ipynb #ccf0e314
 def make_plan(
     f, y0, t, method, grid:Callable,   # (method, times, max_steps) -> how steps are laid, or None
     rtol, atol, args=None, controller=None, norm=None, first_step=None, min_step=0., max_step=math.inf, step_t=None,
@@ -52,8 +52,7 @@ def make_plan(
         if args is None: return ()
         new = iter(new)
         return tree_unflatten([next(new) if isinstance(x, Tensor) else x for x in leaves], spec),
-    def rebind(new):
-        return flat_field(f, layout, rebuilt(new))
+    def rebind(new): return flat_field(f, layout, rebuilt(new))
     refuse_own_control(method, controller, norm)
     limits = positive('min_step', min_step, zero=True), positive('max_step', max_step, infinite=True)
     if limits[0] > limits[1]: raise ValueError(f"min_step={min_step} is above max_step={max_step}: lower it")
@@ -65,7 +64,7 @@ def make_plan(
         steps and with_stops(steps, sum(stops.values(), ())),
         None if first_step is None else positive('first_step', first_step), *limits,
         max_steps=int(max_steps), keep_dense=dense, source=source, args=args, rebind=rebind,
-        stepper=stepper_of(method), parts=getattr(method, 'parts', None), options=options, compile=compile, whole=(f, norm, rebuilt),
+        stepper=stepper_of(method), parts=getattr(method, 'parts', None), options=options, whole=compile and (f, norm, rebuilt),
         budget=Budget(max_seconds if max_seconds is None else positive('max_seconds', max_seconds)), **stops)
     if plan.grid is None and not torch.as_tensor(plan.rtol).any() and not torch.as_tensor(plan.atol).any():
         raise ValueError("rtol=0 and atol=0 are both zero and allow no error at all: raise one of them")
@@ -139,12 +138,12 @@ def run_events(job:Job, t, events, gradient:str, throw:bool, fresh=None) -> Solu
     if run.failure is not None and throw: raise SolveError(run.failure, solution)
     return solution
 
-# %% ../../nbs/ode/15_solve.ipynb #8984bbe2
+# %% ../../nbs/ode/15_solve.ipynb #d5e88236
 def run_plan(job:Job, t, gradient:str, throw:bool=True) -> Solution:
     "Solve a checked plan and unflatten the answer."
     plan, t = job.plan, as_times(t)
     with torch.autocast(plan.layout.device.type, enabled=False):        # f brings its own
-        run = compiled_march(job, torch.tensor([plan.times], dtype=torch.float64, device=plan.y0.device)) if plan.compile else None
+        run = compiled_march(job, torch.tensor([plan.times], dtype=torch.float64, device=plan.y0.device)) if plan.whole else None
         if run is None: run = differentiable_march(job, t if t.requires_grad else None, gradient)
     status = run.failure.status if run.failure else Status.success
     plan.budget.lift()
@@ -153,11 +152,12 @@ def run_plan(job:Job, t, gradient:str, throw:bool=True) -> Solution:
     if run.failure is not None and throw: raise SolveError(run.failure, solution)
     return solution
 
-# %% ../../nbs/ode/15_solve.ipynb #1efdedf3
+# %% ../../nbs/ode/15_solve.ipynb #a2e918eb
 def run_checked(plan:Plan, tensors:list, t, events, gradient, throw:bool, fresh=None) -> Solution:
     "Solve a checked plan, with events or without."
     name, own = gradient_name(gradient), gradient if isinstance(gradient, Adjoint) else Adjoint()
     checkpoint = gradient if isinstance(gradient, Checkpoint) else Checkpoint()
+    refuse_compiled(plan, t, name, events=events)
     if transformed(): name = 'direct'       # what torch.func sees
     if name == 'auto': name, checkpoint = choose(plan, getattr(gradient, 'memory', None))
     refuse_dense(plan, name, t, plan.y0, tensors)
@@ -165,7 +165,7 @@ def run_checked(plan:Plan, tensors:list, t, events, gradient, throw:bool, fresh=
     if events is not None: return run_events(job, t, events, name, throw, fresh)
     return run_plan(job, t, name, throw)
 
-# %% ../../nbs/ode/15_solve.ipynb #cfde10bc
+# %% ../../nbs/ode/15_solve.ipynb #b221a004
 @outside_inference
 def solve(
     f:Callable,              # right-hand side f(t, y), or f(t, y, args) if args are given
@@ -179,22 +179,20 @@ def solve(
     batch:str='joint',       # 'joint': one step for all samples; 'sample': each its own steps, times (samples, times) and status
     step_size:float|None=None,   # fixed steps of this length, in units of t
     max_steps:int=100_000, max_seconds:float|None=None,    # of this call: accepted and rejected, and time on the clock
-    dense:bool=False,        # keep what is needed to evaluate the solution at any time
+    dense:bool=False, compile:bool=False,    # keep what evaluates the solution at any time; the loop as one compiled program
     events=None,             # an event function (t, y) -> number, an Event, or a list of them
     controller=None,         # 'i', 'pi', 'pid', a PID(...), or an object with init and next
     norm:Callable|None=None, # error norm on the state's structure; default: root mean square, largest of the leaves'
     first_step:float|None=None, min_step:float=0., max_step:float=math.inf,   # lengths, in units of t
     step_t=None, jump_t=None,    # times to land on; times at which f jumps: land, and evaluate f on either side
     throw:bool=True, resume:Solution|None=None,  # raise SolveError, or return what there is; a solution to be continued
-    compile:bool=False,      # the whole loop as one compiled program, for explicit methods: page *A solve as one program*
 )->Solution:                 # y, t, status, stats; callable if dense
     "Solve dy/dt = f(t, y) from t[0]. Raises TypeError or ValueError for misuse, SolveError for numerical failure."
     if gradient_name(gradient) == 'auto' and dense: gradient = 'direct'       # of which alone dense output can be differentiated
     given = dict(rtol=rtol, atol=atol, args=args, controller=controller, norm=norm, first_step=first_step, min_step=min_step,
-                 max_step=max_step, step_t=step_t, jump_t=jump_t, max_steps=max_steps, max_seconds=max_seconds, dense=dense, compile=compile)
-    if resume is not None: check_resume(resume, y0, t, batch, dense, events)
+        max_step=max_step, step_t=step_t, jump_t=jump_t, max_steps=max_steps, max_seconds=max_seconds, dense=dense, compile=compile)
+    if resume is not None: check_resume(resume, y0, t, batch, dense, events, compile)
     if check_batch(batch, events): return solve_samples(f, y0, t, method, gradient, step_size, throw, events, given)
     plan, tensors = make_plan(f, y0, t, method, lambda *rest: check_grid(*rest[:2], step_size, rest[2]), **given)
-    refuse_compiled(plan, t, gradient_name(gradient), events=events, resume=resume)
     run = lambda plan, t, fresh=None, throw=False: run_checked(plan, tensors, t, events, gradient, throw, fresh)
     return run(plan, t, throw=throw) if resume is None else go_on(resume, plan, tensors, y0, t, run, throw)

@@ -50,7 +50,7 @@ class Budget:
     used = property(lambda self: self.end < math.inf and time.perf_counter() > self.end)
     def lift(self): self.end = math.inf
 
-# %% ../../nbs/ode/09_steps.ipynb #a2e809a4
+# %% ../../nbs/ode/09_steps.ipynb #a01df299
 @dataclass
 class Plan(Problem):
     "A solve that has been checked: what the loop works from."
@@ -61,7 +61,7 @@ class Plan(Problem):
     keep_dense: bool = False
     callbacks: dict = field(default_factory=dict)
     source: Any = None           # the user's f, for the diagnosis
-    args: Any = None             # and args
+    args: Any = None
     k0: Tensor|None = None       # f(t0, y0) if it is known already
     rebind: Callable|None = None # leaves of args -> f with those args
     resets: dict = field(default_factory=dict)  # time -> function of the state there that replaces it
@@ -69,14 +69,10 @@ class Plan(Problem):
     options: dict = field(default_factory=dict)  # of the stepper
     parts: Callable|None = None    # (plan, t, differentiable, stats) -> stepper, steps, output; None: one step for all samples
     watch: Callable|None = None    # looks at accepted steps for events; its `hit` ends the march
-    compile: bool = False          # is the solve one program?
-    whole: tuple = ()              # for that: f and norm as the user gave them, and leaves of args -> what f takes after (t, y)
+    whole: Any = None              # if it is one program: (f, norm) of the user's, and leaves of args -> what f takes after (t, y)
     each: Tensor|None = None       # times of each sample, (samples, times), where every sample has its own steps
 
-    @property
-    def samples(self) -> int:
-        "How many rows the state has that know nothing of one another; 1 if they do."
-        return 1 if self.each is None else len(self.y0)
+    samples = property(lambda self: 1 if self.each is None else len(self.y0))     # rows that know nothing of one another
 
     @property
     def one_step(self) -> bool:
