@@ -25,14 +25,12 @@ class Field(nn.Module):
     "A field with its weights as parameters, which can count its evaluations and the steps that torchdiffeq tells."
     def __init__(self, formula, w, trained):
         super().__init__()
-        self.formula, self.w, self.counts = formula, {}, None
-        for name, value in w.items():
-            self.w[name] = p = nn.Parameter(torch.tensor(value), requires_grad=trained)
-            self.register_parameter(name, p)
+        self.formula, self.counts = formula, None
+        for name, value in w.items(): self.register_parameter(name, nn.Parameter(torch.tensor(value), requires_grad=trained))
 
     def forward(self, t, y):
         if self.counts is not None: self.counts["evaluations"] += 1
-        return self.formula(OPS, t, y, self.w)
+        return self.formula(OPS, t, y, self._parameters)
 
 
 class Counting(Field):
@@ -78,7 +76,7 @@ class Program:
         ys = self.run()
         found = {"y": torch.stack([y[-1] for y in ys]).detach().numpy()}
         if self.task.gradient:
-            for name in self.task.w: found[name] = torch.stack([f.w[name].grad for f in self.fields]).numpy()
+            for name in self.task.w: found[name] = torch.stack([getattr(f, name).grad for f in self.fields]).numpy()
         return found
 
     def counted(self):
@@ -132,7 +130,9 @@ def ours(task, **more):
 
 
 def compiled(task):
-    "Our library with compiled steps."
+    "Our library, the whole loop compiled."
+    if task.gradient == "adjoint": raise NotOffered("compile=True has no adjoint")
+    if task.method in ("stiff", "kvaerno5"): raise NotOffered("compile=True has explicit methods only")
     return ours(task, compile=True)
 
 

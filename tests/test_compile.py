@@ -193,6 +193,20 @@ def test_tensors_outside_modules_are_refused():
     with torch.no_grad(): solve(lambda t, y: -w * y, start(), [0., 1.], compile=True)
 
 
+@pytest.mark.parametrize('kind', ['dict', 'closure'])
+def test_a_parameter_that_is_also_held_elsewhere_is_no_silent_zero(kind):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(2., **D))
+            self.held = {'w': self.w}
+        def forward(self, t, y): return -self.held['w'] * y
+    module = Twice()
+    w = module.w
+    f = module if kind == 'dict' else lambda t, y: -w * y + 0 * module(t, y).detach()
+    with pytest.raises(ValueError, match='elsewhere'): solve(f, start(), [0., 1.], compile=True)
+
+
 def test_second_derivatives_and_changes_in_between_are_refused():
     f, y0 = Field(), start().requires_grad_()
     y = solve(f, y0, [0., 1.], compile=True).y
@@ -266,8 +280,7 @@ def test_blocks_take_it():
 
 
 @pytest.mark.real
-@pytest.mark.parametrize('batch', ['joint', 'sample'])
-def test_compiled_by_the_real_compiler(batch):
+def test_compiled_by_the_real_compiler(batch='joint'):
     f = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
     field = lambda t, y: f(y**3)
     y0, t = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 2, 4)

@@ -47,7 +47,7 @@ def pull_back(tracer:Retracer, span:tuple, state:list, fresh:bool, bars:list, t:
     found = torch.autograd.grad([*after, *pieces], [*leaves, *t, *wanted], [*given, *cotangents], allow_unused=True)
     return found[:len(leaves)], found[len(leaves):]
 
-# %% ../../nbs/ode/47_undo.ipynb #019053fb
+# %% ../../nbs/ode/47_undo.ipynb #6ab7b08a
 def undo_steps(job:Job, y0:Tensor, y:Tensor, t:Tensor|None, tensors:list, g:Tensor) -> list:
     "Gradients for (y0, t, *tensors): undo a step, take it again with a graph, go on. Raises RuntimeError if rounding has grown."
     args, f = job.leaves(tensors)
@@ -65,6 +65,7 @@ def undo_steps(job:Job, y0:Tensor, y:Tensor, t:Tensor|None, tensors:list, g:Tens
         fresh, largest = i == 0 or i in trail.company, torch.maximum(largest, state[0].abs())
         bars, new = pull_back(tracer, (start, end), state, fresh, bars, leaf, g, wanted)
         totals = add(totals, new)
+        del new      # before the next graph
     check_return(state[0], y0, largest)
     job.run.stats.backward_f_evals += tracer.stats.f_evals
     at_start = sum(x == job.plan.times[0] for x in job.plan.times)
