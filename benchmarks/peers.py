@@ -195,10 +195,13 @@ def parsed():
 
 
 def earlier(options, profile, settings):
-    "What a record of the same settings has, but for the tasks that are to be measured again."
+    "What a record of the same settings has, but for the tasks that are to be measured again. Raises ValueError for others."
     try: record = load_record("peers", profile)
     except FileNotFoundError: return {}, [], {}
-    kept = {k: v for k, v in record.data.items() if v["settings"] == settings and k not in options.tasks}
+    kept = {k: v for k, v in record.data.items() if k not in options.tasks}
+    if other := [v["settings"] for v in kept.values() if v["settings"] != settings]:
+        raise ValueError(f"--resume: the record was measured with {other[0]}, not {settings}, and would be lost: give the same "
+                         "--rounds and --seconds, or leave --resume out to begin anew")
     return kept, [f for f in record.failures if f["label"] in kept], record.versions
 
 
