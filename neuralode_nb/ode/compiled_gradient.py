@@ -135,7 +135,7 @@ def observed(work:Work, found:list, times:Tensor, last:Tensor) -> Tensor:
     on_end = ((times == begin) | (times == end))[..., None]
     return torch.where(on_end, y[after, sample].flatten(2), inner).view(*times.shape, *y.shape[2:]).transpose(0, 1)
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #0af67fe6
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #2c5442b3
 def parameters_of(module) -> dict:
     "Parameters that a program takes, by name."
     return {name: p for name, p in module.named_parameters() if p.is_floating_point()}
@@ -147,8 +147,8 @@ def looked_at(job:Job, module, params:dict, args:list, start:Tensor) -> tuple:
     call = (lambda *x: torch.func.functional_call(module, stand_ins, x)) if params else module
     k, found, read = touched(flat_field(call, plan.layout, rebuilt(args)), start, plan.y0, (), (*args, *stand_ins.values()))
     if found and torch.is_grad_enabled():
-        raise ValueError(f"compile=True differentiates args and the parameters of modules, under their names, but f uses a tensor of "
-                         f"shape {tuple(found[0].shape)} that it holds elsewhere: pass it in args, or leave compile out")
+        raise ValueError(f"compile=True differentiates args and the parameters of modules, under their names, but f uses a "
+                         f"tensor of shape {tuple(found[0].shape)} that it holds elsewhere: pass it in args, or leave compile out")
     return k, read
 
 def work_of(job:Job, times:Tensor, inner:bool) -> tuple:
