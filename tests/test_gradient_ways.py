@@ -660,7 +660,7 @@ def drift(f, y0, times, parameters, **options):
     return any("did not lead back" in str(w.message) for w in caught), off(found, exact)
 
 
-@pytest.mark.parametrize("rtol, atol", [(1e-3, 1e-6), (1e-5, 1e-5), (1e-6, 1e-8), (1e-9, 1e-11)])
+@pytest.mark.parametrize("rtol, atol", [(1e-3, 1e-6), (1e-5, 1e-5), (1e-6, 1e-8), (1e-9, 1e-11), (1e-11, 1e-13)])
 def test_no_false_alarm_of_the_drift(rtol, atol):
     p = torch.tensor([1.5, 1., 3., 1.], **DOUBLE).requires_grad_()
     prey = lambda t, y: torch.stack([p[0] * y[0] - p[1] * y[0] * y[1], -p[2] * y[1] + p[3] * y[0] * y[1]])
@@ -698,7 +698,7 @@ def test_gauss_sees_what_the_solution_does_not():
         assert abs(torch.autograd.grad(y[-1].sum(), w)[0] - truth) < 1e-5 * truth, how
 
 
-@pytest.mark.parametrize("big", [1., 1e8], ids=str)
+@pytest.mark.parametrize("big", [1., 1e4, 1e8], ids=str)
 def test_reversible_is_right_or_refuses_when_rounding_grows(big):
     "A small component beside a large one is not lost sight of."
     def of(gradient, n):
@@ -708,12 +708,12 @@ def test_reversible_is_right_or_refuses_when_rounding_grows(big):
                   Reversible("midpoint", coupling=.9), gradient=gradient, step_size=4 / n).y
         return torch.autograd.grad(y[-1, 1]**2, w)
     refused = 0
-    for n in (100, 350):
+    for n in (100, 300, 400):
         try: assert off(of("reversible", n), of("direct", n)) < 1e-4
         except RuntimeError as error:
             assert "did not lead back" in str(error)
             refused += 1
-    assert refused < 2
+    assert refused < 3
 
 
 @pytest.mark.parametrize("way", ["adjoint", "interpolated"])

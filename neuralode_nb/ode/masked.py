@@ -6,14 +6,14 @@
 __all__ = ['Recipe', 'rms_each', 'field_of', 'combined', 'masked_step', 'land', 'both_ends', 'guess_each', 'Course', 'going_on',
            'judge_each', 'Record', 'make_record', 'write', 'Now', 'one_attempt']
 
-# %% ../../nbs/ode/53_masked.ipynb #ff9a0df6
+# %% ../../nbs/ode/53_masked.ipynb #73e7bf39
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .base import Layout
-from .control import PID
+from .control import PID, first_lengths, next_stop
 from .sample import next_each, wide
 
 # %% ../../nbs/ode/53_masked.ipynb #3d78393a
@@ -62,14 +62,12 @@ def masked_step(recipe:Recipe, field:Callable, tau:Tensor, tau1:Tensor, h:Tensor
     for i in range(1, recipe.last): k.append(field(torch.lerp(tau, tau1, recipe.nodes[i]), argument(recipe.rows[i])))
     return argument(recipe.rows[-1]), k
 
-# %% ../../nbs/ode/53_masked.ipynb #53a766f6
+# %% ../../nbs/ode/53_masked.ipynb #008d9904
 def land(at:Tensor, h:Tensor, going:Tensor, course:'Course', reach:float) -> Tensor:
     "End of a step of length h of each sample that goes on, or a stop within `reach` times that; the others' own time."
-    ahead = (course.stops - at[:, None]) * course.sign[:, None]
-    nearest, which = torch.where(ahead > 0, ahead, torch.inf).min(1)
-    lands = nearest <= (reach * h).clamp(max=course.longest)
-    end = torch.where(lands, course.stops.gather(1, which[:, None])[:, 0], at + course.sign * h)
-    return torch.where(going, end, at)
+    distance, stop = next_stop(course.stops, at, course.sign)
+    lands = distance <= (reach * h).clamp(max=course.longest)
+    return torch.where(going, torch.where(lands, stop, at + course.sign * h), at)
 
 def both_ends(start:Tensor, end:Tensor, jumps:Tensor|None, sign:Tensor, dtype:torch.dtype) -> tuple:
     "The ends of a step as f sees them, on the inner side of a jump."
@@ -79,19 +77,11 @@ def both_ends(start:Tensor, end:Tensor, jumps:Tensor|None, sign:Tensor, dtype:to
         return torch.where(torch.isin(at, jumps), torch.nextafter(tau, tau + (way * sign).to(dtype)), tau)
     return inner(start, 1.), inner(end, -1.)
 
-# %% ../../nbs/ode/53_masked.ipynb #5ecfe774
+# %% ../../nbs/ode/53_masked.ipynb #00066342
 def guess_each(recipe:Recipe, field:Callable, now:Tensor, y:Tensor, k:Tensor, sign:Tensor, span:Tensor, rtol, atol) -> Tensor:
     "A first length for each sample (Hairer, Nørsett & Wanner 1993, II.4); nan where y or k is not finite."
-    allowed = atol + rtol * y.abs()
-    d0, d1 = recipe.measure(y / allowed).double(), recipe.measure(k / allowed).double()
-    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, .01 * d0 / d1).minimum(span)
-    move = sign * h0
-    k1 = field((now + move).to(y.dtype), y + wide(move.to(y.dtype), y) * k)
-    d2 = recipe.measure((k1 - k) / allowed).double() / h0
-    steepest = torch.maximum(d1, d2)
-    h1 = torch.where(steepest <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (.01 / steepest) ** (1 / recipe.order))
-    h = torch.minimum(50 * h0, torch.where(d2.isfinite(), h1, h0)).minimum(span)
-    return torch.where((d0 + d1).isfinite(), h, torch.nan)
+    def ahead(h): return field((now + sign * h).to(y.dtype), y + wide((sign * h).to(y.dtype), y) * k)
+    return first_lengths(ahead, y, k, atol + rtol * y.abs(), recipe.measure, span, recipe.order - 1)
 
 # %% ../../nbs/ode/53_masked.ipynb #ad774738
 class Course(NamedTuple):

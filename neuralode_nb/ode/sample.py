@@ -7,13 +7,13 @@ __all__ = ['SampleLayout', 'SampleClock', 'wide', 'next_each', 'by_rule', 'first
            'freeze_stuck', 'move', 'SampleSteps', 'polynomial', 'cause', 'finish', 'moved', 'SampleOutput',
            'sample_parts']
 
-# %% ../../nbs/ode/37_sample.ipynb #55f85e2c
+# %% ../../nbs/ode/37_sample.ipynb #2dc4502a
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten
 
 from .base import Failure, Layout, Stats, Status
-from .control import PID
+from .control import PID, first_lengths, next_stop
 from .loop import Run
 from .parameters import named_tensors
 from .steps import Plan
@@ -82,22 +82,15 @@ def by_rule(controller, state:tuple, ratio:Tensor, order:int) -> tuple:
     accepted, factor, state = zip(*[controller.next(s, r, order) for s, r in zip(state, ratio.tolist())])
     return torch.tensor(accepted, device=ratio.device), torch.tensor(factor).to(ratio), list(state)
 
-# %% ../../nbs/ode/37_sample.ipynb #fd16ccb5
+# %% ../../nbs/ode/37_sample.ipynb #2ff5730e
 def first_each(plan:Plan, stepper, now:Tensor, allowed:Tensor, span:Tensor) -> Tensor:
     "`first_step` for every sample; not finite where y0 or f(t0, y0) is not."
     clock, y, sign = stepper.clock, plan.y0.detach(), stepper.clock.sign
     k = stepper.slope(*[clock(now, stepper.inside(now, 1.)), plan.y0]) if stepper.k is None else stepper.k
     stepper.k = k if k.requires_grad else k.clone()
-    k, order = k.detach(), stepper.order - 1
-    with torch.no_grad():
-        d0, d1 = (plan.norm(x / allowed).double() for x in (y, k))
-        h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, .01 * d0 / d1).minimum(span)
-        move = wide((sign * h0).to(plan.layout.time), y)
-        d2 = plan.norm((stepper.slope(clock(now + sign * h0), y + move * k) - k) / allowed).double() / h0
-        steepest = torch.maximum(d1, d2)
-        h1 = torch.where(steepest <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (.01 / steepest) ** (1 / (order + 1)))
-        h = torch.minimum(50 * h0, h1.where(d2.isfinite(), h0)).float().double()     # rounded as the factors are
-        return torch.where((d0 + d1).isfinite(), h.minimum(span), torch.nan)
+    k = k.detach()
+    def ahead(h): return stepper.slope(clock(now + sign * h), y + wide((sign * h).to(plan.layout.time), y) * k)
+    with torch.no_grad(): return first_lengths(ahead, y, k, allowed, plan.norm, span, stepper.order - 1)
 
 # %% ../../nbs/ode/37_sample.ipynb #c3927f84
 class Lengths:
@@ -128,7 +121,7 @@ class Lengths:
         self.magnitude = torch.where(wide(accepted & active, after), after, self.magnitude)
         return accepted & active
 
-# %% ../../nbs/ode/37_sample.ipynb #5a219c3a
+# %% ../../nbs/ode/37_sample.ipynb #10ca25db
 class Landings:
     "Times that each sample must land on."
     def __init__(self, plan:Plan, t:Tensor, sign:Tensor):
@@ -139,10 +132,8 @@ class Landings:
     def ends(self, now:Tensor, h:Tensor, active:Tensor) -> Tensor:
         "End of a step of length h of each active sample; the others' own time."
         at, longest = now.detach(), self.plan.max_step
-        ahead = (self.stops - at[:, None]) * self.sign[:, None]
-        nearest, which = ahead.where(ahead > 0, torch.inf).min(1)
-        lands = nearest <= ((1. + 1e-9 if self.plan.grid else 1.1) * h).clamp(max=longest)
-        landed = self.stops.gather(1, which[:, None])[:, 0]
+        distance, landed = next_stop(self.stops, at, self.sign)
+        lands = distance <= ((1. + 1e-9 if self.plan.grid else 1.1) * h).clamp(max=longest)
         until = torch.where(active, torch.where(lands, landed, at + self.sign * h), at)
         if not (now.requires_grad or self.final.requires_grad): return until
         moved = now + (until - at)          # an inner time moves with the start, as on the page Steps
