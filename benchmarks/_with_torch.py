@@ -131,7 +131,6 @@ def ours(task, **more):
 
 def compiled(task):
     "Our library, the whole loop compiled."
-    if task.gradient == "adjoint": raise NotOffered("compile=True has no adjoint")
     if task.method in ("stiff", "kvaerno5"): raise NotOffered("compile=True has explicit methods only")
     return ours(task, compile=True)
 

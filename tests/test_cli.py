@@ -203,12 +203,12 @@ def test_a_solve_that_fails_says_why():
 
 def test_the_demonstration_is_one_page(toy):
     text = (toy / "more" / "toy.py").read_text()
-    for name in "digits", "spirals":
+    for name in "digits", "two_spirals":
         (toy / "more" / f"{name}.py").write_text(text.replace('record_run("toy"', f'record_run("{name}"'))
         sys.modules.pop(f"neuralode_nb.experiments.{name}", None)
     try: done = neuralode("demo", "--device", "cpu")
     finally:
-        for name in "digits", "spirals": sys.modules.pop(f"neuralode_nb.experiments.{name}", None)
+        for name in "digits", "two_spirals": sys.modules.pop(f"neuralode_nb.experiments.{name}", None)
     assert done.exit_code == 0, done.output
     path = toy / "runs" / "demo" / "index.html"
     assert f"report: {path}" in done.output

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from neuralode_nb import PID, SolveError, Status, odeint, solve
+from neuralode_nb import PID, Adjoint, SolveError, Status, odeint, odeint_adjoint, solve
 from neuralode_nb.models.blocks import ODEBlock
 from neuralode_nb.ode import compiled
 
@@ -21,7 +21,9 @@ def traced(monkeypatch, request):
     torch._dynamo.reset()
     compiled.PROGRAMS.clear()
     if 'real' not in request.keywords: monkeypatch.setattr(compiled, 'backend', 'eager')
+    compiled.can_compile.cache_clear()
     yield
+    compiled.can_compile.cache_clear()
     compiled.PROGRAMS.clear()
 
 
@@ -167,7 +169,10 @@ def test_failures_are_diagnosed_as_by_the_eager_loop(name):
 
 
 REFUSED = {
-    'method': (dict(method='kvaerno5'), 'kvaerno5.*explicit'), 'gradient': (dict(gradient='adjoint'), 'checkpoint'),
+    'method': (dict(method='kvaerno5'), 'kvaerno5.*explicit'), 'gradient': (dict(gradient='gauss'), 'checkpoint'),
+    'adjoint per sample': (dict(gradient='adjoint', batch='sample'), "batch='sample'"),
+    'adjoint norm': (dict(gradient=Adjoint(norm=lambda z: 1.)), 'norm of Adjoint'),
+    'adjoint method': (dict(method='tsit5', gradient=Adjoint(method='explicit_adams', step_size=.1)), 'explicit_adams.*explicit'),
     'events': (dict(events=lambda t, y: y[0, 0]), 'events'), 'dense': (dict(dense=True), 'dense'),
     'seconds': (dict(max_seconds=3), 'time budget'), 'complex': (dict(y0=torch.ones(2, dtype=torch.complex128)), 'view_as_real'),
     'times': (dict(t=torch.tensor([0., 1.], requires_grad=True, **D)), 'detach t')}
@@ -251,6 +256,7 @@ def test_what_f_reads_is_looked_at_again():
 def test_without_a_compiler_there_is_a_message_and_the_same_answer(monkeypatch):
     def none(): raise RuntimeError("no compiler")
     monkeypatch.setattr('torch._inductor.cpp_builder.get_cpp_compiler', none)
+    compiled.can_compile.cache_clear()
     with pytest.warns(UserWarning, match='install g'): a = solve(Field(), start(), [0., 1.], compile=True)
     torch.testing.assert_close(a.y, solve(Field(), start(), [0., 1.]).y, rtol=0, atol=0)
 
@@ -277,18 +283,98 @@ def test_blocks_take_it():
     close(block.f.w.grad, plain.f.w.grad, 1e-8)
 
 
+def adjoint_gradients(how, compile, t=(0., .4, 1.1, 2.), **options):
+    "Gradients for the state, args and parameters by the adjoint, and the statistics."
+    f, y0, scale = Field(), start().requires_grad_(), torch.tensor(.8, requires_grad=True, **D)
+    s = solve(lambda t, y, args: f(t, args * y), y0, list(t), args=scale, gradient=how, compile=compile, **options)
+    return torch.autograd.grad((s.y * torch.linspace(1, 2, s.y.numel(), **D).view_as(s.y)).sum(), [y0, scale, *f.parameters()]), s.stats
+
+
+SETTINGS = [Adjoint(norm='seminorm'), Adjoint(method='bosh3', rtol=1e-4, atol=1e-5), Adjoint(method='rk4', step_size=.05),
+            Adjoint(first_step=.01, max_step=.1)]
+
+
+@pytest.mark.parametrize('method, t, how', [
+    *[('dopri5', (0., .4, 1.1, 2.), how) for how in SETTINGS], ('dopri5', (0., 2.), 'adjoint'), ('tsit5', (0., .4, 1.1, 2.), 'adjoint'),
+    ('bosh3', (1., .3, .3, -1.), 'adjoint'), ('rk4', (1., .3, .3, -1.), 'adjoint')], ids=str)
+def test_adjoint_equals_the_eager_one(method, t, how):
+    options = {'method': method, **({'step_size': .1} if method == 'rk4' else {})}
+    (a, stats), (b, theirs) = (adjoint_gradients(how, c, t, **options) for c in (True, False))
+    for x, y in zip(a, b): close(x, y, 1e-8)
+    assert stats.backward_f_evals > 0 and 0 <= stats.f_evals - theirs.f_evals <= (method == 'rk4')    # dy/dt at the end is read
+
+
+def test_adjoint_of_structured_states_norms_and_jumps():
+    net = nn.Linear(3, 3, **D)
+    def f(t, state): return torch.where(t < .5, 1., -.5) * torch.tanh(net(state[0])), -state[1] + state[0].sum()
+    found = []
+    for c in (True, False):
+        net.zero_grad()
+        y = solve(f, (start(), torch.ones(2, **D)), [0., .7, 1.], 'bosh3', jump_t=[.5], gradient='adjoint', compile=c,
+                  norm=lambda y: max(x.abs().max() for x in y) if not c else torch.stack([x.abs().max() for x in y]).max()).y
+        (y[0].square().sum() + y[1].sum()).backward()
+        found.append([p.grad.clone() for p in net.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9)
+
+
+def test_adjoint_of_many_observations_is_one_program():
+    field = Field()
+    def run(n, end): solve(field, start(), torch.linspace(0, end, n), gradient='adjoint', compile=True).y.sum().backward()
+    run(40, 2.)
+    count = compiled.graphs()
+    run(50, 1.)
+    assert compiled.graphs() == count
+
+
+def test_the_drop_ins_adjoint_takes_it():
+    f, y0, t = Field(), start(), torch.linspace(0, 1, 3, **D)
+    for params in (None, (f.w,)):
+        grads = []
+        for c in (True, False):
+            f.zero_grad()
+            odeint_adjoint(f, y0, t, rtol=1e-6, atol=1e-8, adjoint_params=params, compile=c).sum().backward()
+            grads.append([None if p.grad is None else p.grad.clone() for p in f.parameters()])
+        close(grads[0][0], grads[1][0])
+        assert (grads[0][1] is None) == (grads[1][1] is None) == (params is not None)
+    with pytest.raises(ValueError, match='norm'):
+        odeint_adjoint(f, y0, t, adjoint_options={'norm': lambda z: 1.}, compile=True)
+
+
+def test_adjoint_that_does_not_lead_back_warns_and_a_failure_is_named():
+    y0 = torch.ones(1, requires_grad=True, **D)
+    steep = Field()
+    def f(t, y): return -20 * y + 0 * steep(t, y.expand(1, 3)).sum()
+    y = solve(f, y0, [0., 1., 2.], 'dopri5', gradient='adjoint', rtol=1e-3, atol=1e-3, compile=True).y
+    with pytest.warns(RuntimeWarning, match='did not lead back'): y[-1].sum().backward()
+    y = solve(f, y0, [0., 1., 2.], 'dopri5', gradient=Adjoint(max_steps=3), compile=True).y
+    with pytest.raises(SolveError, match='backward pass'): y[-1].sum().backward()
+
+
+def test_a_field_that_changed_is_looked_at_again():
+    w, net = torch.tensor(2., **D), Field()
+    def f(t, y): return net(t, y) - w * y
+    def run(): return solve(f, start(), [0., 1.], compile=True).y.sum()
+    for _ in range(2): run().backward()
+    y = run()
+    w.add_(1.)
+    with pytest.raises(RuntimeError, match='inplace'): y.backward()
+    w.requires_grad_()
+    with pytest.raises(ValueError, match='pass it in args'): run()
+
+
 @pytest.mark.real
-def test_compiled_by_the_real_compiler(batch='joint'):
+@pytest.mark.parametrize('how', ['checkpoint', 'adjoint'])
+def test_compiled_by_the_real_compiler(how, batch='joint'):
     f = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
     field = lambda t, y: f(y**3)
     y0, t = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 2, 4)
     found = []
     for c in (True, False):
-        s = solve(field, y0, t, 'bosh3', batch=batch, compile=c)
+        s = solve(field, y0, t, 'bosh3', batch=batch, gradient=how, compile=c)
         found.append((s, torch.autograd.grad(s.y.square().sum(), list(f.parameters()))))
     (a, ga), (b, gb) = found
     torch.testing.assert_close(a.y, b.y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ga, gb, rtol=1e-4, atol=1e-5)
     assert a.stats.compile_seconds > 0
-    again = solve(field, y0 + 1, t * 2, 'bosh3', batch=batch, compile=True)
+    again = solve(field, y0 + 1, t * 2, 'bosh3', batch=batch, gradient=how, compile=True)
     assert again.stats.compile_seconds == 0

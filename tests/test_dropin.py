@@ -273,6 +273,23 @@ def test_every_option_of_the_adjoint(more):
     same(program, rtol=1e-3, atol=1e-5)
 
 
+def test_adjoint_params_may_leave_parameters_of_a_module_out():
+    grads = []
+    for lib in (torchdiffeq, neuralode_nb):
+        layer = torch.nn.Linear(2, 2).double()
+        with torch.no_grad():
+            for p in layer.parameters(): p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+        class Module(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = layer
+            def forward(self, t, y): return torch.tanh(self.layer(y))
+        lib.odeint_adjoint(Module(), torch.ones(2).double(), torch.tensor([0., .5, 1.]), adjoint_params=(layer.weight,)).sum().backward()
+        assert layer.bias.grad is None
+        grads.append(layer.weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
 def test_adjoint_params_of_a_plain_function():
     def program(lib, params):
         w = torch.tensor([.5, 2.]).double().requires_grad_()

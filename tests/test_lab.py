@@ -426,7 +426,7 @@ def test_two_processes_train_one_model_and_fail_together(tmp_path):
 
 
 def test_every_embedded_set_is_fixed_by_its_seed():
-    for name in "circles", "moons", "spiral", "cubic_spiral", "digits":
+    for name in "circles", "moons", "spheres", "spiral", "cubic_spiral", "digits":
         options = {} if name == "digits" else {"points": 20} if "spiral" in name else {"n": 20}
         a, b, c = (load(name, "test", seed=s, **options) for s in (1, 1, 2))
         x, y, z = (d.y if "spiral" in name else d.x for d in (a, b, c))

@@ -81,6 +81,20 @@ def _moons(split, n=1000, noise=0.1, seed=0):
     "Two interleaved half circles."
     return _plane(split, "moons", n, noise, seed)
 
+# %% ../../nbs/lab/00_data.ipynb #64f70e26
+def _spheres(split, n=1000, dim=2, radii=(0.5, 1.0, 1.5), seed=0):
+    "A ball and a shell around it in `dim` dimensions, each evenly filled, in turn."
+    if n < 2: raise ValueError(f"n={n}: needs at least 2 points")
+    if dim < 1: raise ValueError(f"dim={dim}: needs at least 1")
+    if len(radii) != 3 or not 0 < radii[0] <= radii[1] < radii[2]:
+        raise ValueError(f"radii={radii}: three are needed, in increasing order: of the ball, and of both ends of the shell")
+    stream, y = torch.Generator().manual_seed(2 * seed + (split == "test")), torch.arange(n) % 2
+    direction = torch.randn(n, dim, generator=stream, dtype=torch.float64)
+    low, high = (torch.tensor([r**dim for r in ends], dtype=torch.float64)[y] for ends in ((0.0, radii[1]), (radii[0], radii[2])))
+    radius = (low + (high - low) * torch.rand(n, generator=stream, dtype=torch.float64)) ** (1 / dim)
+    x = direction / direction.norm(dim=1, keepdim=True) * radius[:, None]
+    return Samples("spheres", split, x.float(), y, ("ball", "shell"))
+
 # %% ../../nbs/lab/00_data.ipynb #c170d99d
 @dataclass(frozen=True)
 class Series:
@@ -183,8 +197,9 @@ def _table(name):
                                 "Set NEURALODE_DATA to the folder that holds series/.")
     return Table(name, read_table(path))
 
-# %% ../../nbs/lab/00_data.ipynb #f007f116
-EMBEDDED = {"digits": _digits, "circles": _circles, "moons": _moons, "spiral": _spiral, "cubic_spiral": _cubic_spiral}
+# %% ../../nbs/lab/00_data.ipynb #8e0de913
+EMBEDDED = {"digits": _digits, "circles": _circles, "moons": _moons, "spheres": _spheres, "spiral": _spiral,
+            "cubic_spiral": _cubic_spiral}
 
 def names()->list: # every name that `load` knows
     "The sets, first those that need no file."

@@ -58,7 +58,7 @@ def read_idx(
         raise damaged(path, f"{len(raw) - start} bytes of content", f"{math.prod(shape)} for shape {shape}")
     return torch.frombuffer(bytearray(raw[start:]), dtype=torch.uint8).view(shape)
 
-# %% ../../nbs/lab/04_files.ipynb #facb38ca
+# %% ../../nbs/lab/04_files.ipynb #6fd04f71
 def _cifar_sheets(root, split):
     "CIFAR-10 from lossless WebP sheets, (N, 3, 32, 32) and labels."
     import numpy as np
@@ -69,10 +69,20 @@ def _cifar_sheets(root, split):
         if grid.shape != (3200, 3200, 3): raise damaged(path, f"a picture of shape {grid.shape}", "(3200, 3200, 3)")
         return grid.reshape(100, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
     names = [f"train_{k}.webp" for k in range(1, 6)] if split == "train" else ["test.webp"]
-    y = np.load(root / f"{split}_labels.npy")
+    labels = root / f"{split}_labels.npy"
+    if missing := [name for name in (*names, labels.name) if not (root / name).is_file()]:
+        raise FileNotFoundError(f"{root / missing[0]} is missing: CIFAR-10 needs {', '.join(names)} and {labels.name}")
+    try: y = np.load(labels)
+    except (OSError, ValueError, EOFError) as error: raise damaged(labels, error, "a NumPy file of labels") from error
     x = np.concatenate([sheet(root / name) for name in names])
-    if len(x) != len(y): raise damaged(root / f"{split}_labels.npy", f"{len(y)} labels", f"{len(x)}")
-    return torch.from_numpy(x), torch.from_numpy(y).long()
+    return torch.from_numpy(x), _labels(labels, torch.as_tensor(y), len(x))
+
+# %% ../../nbs/lab/04_files.ipynb #bf18fdd0
+def _labels(path, y, n):
+    "Labels as int64, if they are n numbers from 0 to 9."
+    if y.shape != (n,): raise damaged(path, f"{len(y)} labels" if y.ndim == 1 else f"an array of shape {tuple(y.shape)}", f"{n}")
+    if y.min() < 0 or y.max() > 9: raise damaged(path, f"labels from {y.min()} to {y.max()}", "0 to 9")
+    return y.long()
 
 def stored_images(folder, split):
     "Images and labels from files at hand, or None."
@@ -83,9 +93,9 @@ def stored_images(folder, split):
     x = find_file(f"{stem}-images-idx3-ubyte.gz", f"{stem}-images-idx3-ubyte")
     y = find_file(f"{stem}-labels-idx1-ubyte.gz", f"{stem}-labels-idx1-ubyte")
     if not (x and y): return None
-    images, labels = read_idx(x)[:, None], read_idx(y).long()
-    if len(images) != len(labels): raise damaged(y, f"{len(labels)} labels", f"{len(images)}")
-    return images, labels
+    images = read_idx(x)
+    if images.shape[1:] != (28, 28): raise damaged(x, f"an array of shape {tuple(images.shape)}", "images of 28 x 28 pixels")
+    return images[:, None], _labels(y, read_idx(y), len(images))
 
 # %% ../../nbs/lab/04_files.ipynb #977f4f98
 def torchvision_images(folder, split, download):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_all', 'fit']
 
-# %% ../../nbs/lab/01_train.ipynb #25215584
+# %% ../../nbs/lab/01_train.ipynb #6d2ea214
 import math
 import os
 import time
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from .checkpoint import (
     CheckpointError, capture, check_checkpoint, generators, kept_rng, previous, read_checkpoint, restore, rng_state,
     set_rng_state, write_checkpoint)
-from .watch import History, Progress, TrainingDiverged, diagnose, first_bad
+from .watch import History, Progress, TrainingDiverged, count_samples, diagnose, first_bad
 from ..ode.base import SolveError
 
 # %% ../../nbs/lab/01_train.ipynb #d5f7246d
@@ -121,11 +121,11 @@ def _diverged(loop, batch, value, epoch, number):
     if isinstance(value, Exception): error.__cause__ = value
     return error
 
-# %% ../../nbs/lab/01_train.ipynb #2ee66558
+# %% ../../nbs/lab/01_train.ipynb #302b9a65
 def _epoch(loop, epoch, bar):
     "Train one epoch and say how it went: one row of the history."
     loop.model.train()
-    start, totals, good, skipped, in_a_row = time.monotonic(), {}, 0, 0, 0
+    start, totals, good, skipped, in_a_row, samples = time.monotonic(), {}, 0, 0, 0, 0
     lr = loop.optimizer.param_groups[0]["lr"]
     source, length = loop.batches(epoch)
     for number, batch in enumerate(source, 1):
@@ -135,7 +135,7 @@ def _epoch(loop, epoch, bar):
             if in_a_row > loop.skip_failed: raise _diverged(loop, batch, value, epoch, number)
             _mend(loop)
             continue
-        good, in_a_row = good + 1, 0
+        good, in_a_row, samples = good + 1, 0, samples + count_samples(batch)
         for key, count in {"loss": value, "grad_norm": norm, **_counts(loop)}.items():
             totals[key] = totals.get(key, 0.0) + count
         bar.batch(epoch, number / length if length else 0, {k: t / good for k, t in totals.items()})
@@ -146,7 +146,8 @@ def _epoch(loop, epoch, bar):
     if loop.accelerator.num_processes > 1:
         values = loop.accelerator.reduce(torch.tensor(list(row.values()), device=loop.accelerator.device), "mean")
         row = dict(zip(row, values.tolist()))
-    return {"epoch": epoch} | row | {"lr": lr, "skipped": skipped, "seconds": time.monotonic() - start}
+    seen = {"samples": samples * loop.accelerator.num_processes} if samples else {}
+    return {"epoch": epoch} | row | seen | {"lr": lr, "skipped": skipped, "seconds": time.monotonic() - start}
 
 # %% ../../nbs/lab/01_train.ipynb #1c779f61
 def _save(loop, path, seed, history, fresh):

@@ -169,23 +169,26 @@ def backward_options(method, options, adjoint_method, adjoint_options) -> tuple:
         raise ValueError(f"adjoint_options['norm']={norm!r} must be 'seminorm' or a function")
     return own | ({'norm': options['norm']} if options and 'norm' in options else {}), norm
 
-# %% ../../nbs/ode/16_compat.ipynb #cc2a8f18
+# %% ../../nbs/ode/16_compat.ipynb #200ab13f
 @outside_inference
 def odeint_adjoint(
     func:Callable, y0, t:Tensor, *, rtol=1e-7, atol=1e-9, method:str|None=None, options:dict|None=None, event_fn=None,
     adjoint_rtol=None, adjoint_atol=None,      # of the backward solve; as forward if None
     adjoint_method:str|None=None, adjoint_options:dict|None=None,
     adjoint_params=None,                       # tensors that func depends on; found out if None
+    compile:bool=False,                        # not in torchdiffeq: both ways as programs, see `solve`
 ):                                             # as odeint
     "torchdiffeq's odeint_adjoint: gradients from the adjoint equation, no memory per step."
     own, norm = backward_options(method, options, adjoint_method, adjoint_options)
-    plan, _ = plan_from(func, y0, t, rtol, atol, method, options)
+    plan, _ = plan_from(func, y0, t, rtol, atol, method, options, compile=compile)
     tolerances = rtol if adjoint_rtol is None else adjoint_rtol, atol if adjoint_atol is None else adjoint_atol
     if adjoint_method is None and stepper_of(plan.method) is not ExplicitStepper:
         adjoint_method, own = 'dopri5', {}      # the adjoint equation is too large for a method with a Jacobian
     backward, _ = plan_from(func, y0, t, *tolerances, adjoint_method or method, own, 'adjoint_options')
     params = None if adjoint_params is None else tuple(p for p in adjoint_params if p.requires_grad)
     told = {n: getattr(func, n + '_adjoint') for n in NAMES if hasattr(func, n + '_adjoint')}
+    for one in (plan, replace(backward, whole=plan.whole)):
+        refuse_compiled(one, t, 'adjoint', event_fn=event_fn, **{'a function as the norm of the adjoint': callable(norm)} | told)
     job = Job(plan, (), backward, params, norm, told)
     return run_plan(job, t, 'adjoint').y if event_fn is None else first_event(job, t, event_fn, 'adjoint')
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'REACH', 'OVER', 'UNDER', 'PROGRAMS', 'is_small', 'product', 'product_added', 'tanh', 'horner',
-           'decompositions', 'backend', 'can_compile', 'program', 'graphs', 'call', 'all_attempts', 'Held',
+           'decompositions', 'backend', 'can_compile', 'program', 'graphs', 'call', 'prepared', 'all_attempts', 'Held',
            'modules_of', 'as_module', 'laid_out', 'refuse_compiled', 'measure_of', 'recipe_of', 'stops_of', 'flat_copy',
            'course_of']
 
@@ -77,9 +77,10 @@ def backend(graph, inputs):
     if not on_cpu: return compile_fx(graph, inputs)
     return compile_fx(graph, inputs, decompositions=decompositions(), config_patches={'cpp_wrapper': True})
 
-# %% ../../nbs/ode/54_compiled.ipynb #26bf4f9e
+# %% ../../nbs/ode/54_compiled.ipynb #938e6e23
 PROGRAMS = {}
 
+@lru_cache
 def can_compile() -> str:
     "Why nothing can be compiled here; empty if it can."
     if 'isolate_recompiles' not in inspect.signature(torch.compile).parameters:
@@ -112,15 +113,21 @@ def call(function:Callable, key:tuple, stats:Stats, *inputs):
     if graphs() != before: stats.compile_seconds += time.perf_counter() - begun
     return result
 
-# %% ../../nbs/ode/54_compiled.ipynb #15465e28
+# %% ../../nbs/ode/54_compiled.ipynb #2ac96a72
+def prepared(recipe:Recipe, course:Course, field:Callable, now:Now) -> Now:
+    "With dy/dt where the loop carries it, and a first length where there is none."
+    if recipe.controller is None and recipe.fresh: return now
+    k, h = field(now.t.to(now.y.dtype), now.y), now.h
+    if recipe.controller is not None:
+        first = guess_each(recipe, field, now.t, now.y, k, course.sign, (course.final - now.t).abs(), course.rtol, course.atol)
+        h = torch.where(h.isnan(), first, h)
+    return now._replace(h=h, rest=now.rest if recipe.fresh else (*now.rest, k))
+
 def all_attempts(recipe:Recipe, f, names, params, more, course:Course, record:Record, now:Now) -> tuple:
     "Attempts until all samples have arrived or are stuck, or the record is full: ([rows, late, lost, going], where all are)."
     from torch._higher_order_ops.while_loop import while_loop
     field = field_of(recipe, f, names, params, more)
-    if recipe.controller is not None:
-        k = field(now.t.to(now.y.dtype), now.y) if recipe.fresh else now.rest[-1]
-        first = guess_each(recipe, field, now.t, now.y, k, course.sign, (course.final - now.t).abs(), course.rtol, course.atol)
-        now = now._replace(h=torch.where(now.h.isnan(), first, now.h))
+    now = prepared(recipe, course, field, now)
     def on(n, tried, t, h, y, *rest):
         return (n < len(record.starts)) & (tried.amax() < course.limit) & going_on(recipe, course, t, h).any()
     def attempt(n, tried, t, h, y, *rest):
@@ -128,9 +135,9 @@ def all_attempts(recipe:Recipe, f, names, params, more, course:Course, record:Re
         return *new, *rest
     n, tried, t, h, y, *rest = while_loop(on, attempt, tuple(x.clone() for x in (*now[:-1], *now.rest)))
     if record.y is not None: record.y.index_copy_(0, n.view(1), y[None])
-    late, lost = (t != course.final).any(), ~y.isfinite().all()
+    late, lost, adaptive = (t != course.final).any(), ~y.isfinite().all(), recipe.controller is not None
     going = going_on(recipe, course, t, h).any() & (tried.amax() < course.limit)
-    return torch.stack([x.double() for x in (n, late, lost, going)]), Now(n, tried, t, h, y, tuple(rest))
+    return torch.stack([x.double() for x in (n, late, lost, going)]), Now(n, tried, t, h, y, tuple(rest[:3 * adaptive]))
 
 # %% ../../nbs/ode/54_compiled.ipynb #c30244d7
 class Held(nn.Module):
@@ -156,7 +163,7 @@ def laid_out(p:Tensor) -> Tensor:
     "Narrow matrices with their columns in a row, as small products read them."
     return p.mT.contiguous().mT if p.ndim in (2, 3) and 1 < p.shape[-1] <= 8 else p
 
-# %% ../../nbs/ode/54_compiled.ipynb #6411e3fe
+# %% ../../nbs/ode/54_compiled.ipynb #5dfcc9ec
 def refuse_compiled(plan:Plan, t, gradient:str, **others):
     "Raises ValueError for what a compiled solve does not do."
     if not plan.whole: return
@@ -166,7 +173,8 @@ def refuse_compiled(plan:Plan, t, gradient:str, **others):
         no(f"method={plan.method.name!r}", "use an explicit one such as 'tsit5', or " + leave)
     if plan.layout.dtype.is_complex: no(f"a state of {plan.layout.dtype}", "use torch.view_as_real, or " + leave)
     if not isinstance(plan.controller, PID): no(f"controller={plan.controller!r}", "use a PID(...), or " + leave)
-    if gradient not in ('checkpoint', 'direct', 'auto'): no(f"gradient={gradient!r}", "use 'checkpoint', or " + leave)
+    if gradient not in ('checkpoint', 'direct', 'auto', 'adjoint'): no(f"gradient={gradient!r}", "use 'checkpoint', or " + leave)
+    if gradient == 'adjoint' and plan.each is not None: no("gradient='adjoint' and batch='sample'", "use 'checkpoint', or " + leave)
     if isinstance(t, Tensor) and t.requires_grad: no("times that require grad", "detach t, or " + leave)
     others |= {'dense': plan.keep_dense, 'callbacks': plan.callbacks, 'a time budget': plan.budget.end < math.inf}
     for name, value in others.items():

@@ -36,7 +36,7 @@ CONTINUOUS = 'adjoint', 'interpolated', 'gauss'
 EXPLICIT = None, ExplicitStepper
 MATRIX_FREE = *EXPLICIT, AdamsStepper, FixedAdamsStepper      # steps that solve no system with a Jacobian
 
-# %% ../../nbs/ode/13_gradient.ipynb #e6b29e2e
+# %% ../../nbs/ode/13_gradient.ipynb #3750ac6a
 def differentiable_march(job:Job, t:Tensor|None, how:str) -> Run:
     "Solve a plan so that its result carries a gradient, if anything asks for one."
     plan = job.plan
@@ -58,7 +58,8 @@ def differentiable_march(job:Job, t:Tensor|None, how:str) -> Run:
     if not wants_gradient(plan.y0, t, *tensors):
         with torch.no_grad(): return first_counted(march(plan), plan)
     refuse(job, t, how, params)
-    job = replace(job, plan=replace(plan, y0=plan.y0.detach()), known=Known([*tensors, plan.y0]), how=how, **settings)
+    known = Known([*tensors, plan.y0] if job.params is None else None)      # whoever names parameters may leave some out
+    job = replace(job, plan=replace(plan, y0=plan.y0.detach()), known=known, how=how, **settings)
     before = [x._version for x in read]
     y = function.apply(job, plan.y0, t, *tensors)
     job.frozen = [(x, x._version) for x, version in zip(read, before) if x._version == version]    # f does not write to it

@@ -110,7 +110,7 @@ def judge_each(recipe:Recipe, course:Course, y:Tensor, y1:Tensor, error:Tensor, 
     longer = torch.maximum(size * factor, torch.where(cut, h, 0.))
     return took, torch.where(going, longer, h), [torch.where(going, a, b) for a, b in zip(new, state)]
 
-# %% ../../nbs/ode/53_masked.ipynb #cd6e17ab
+# %% ../../nbs/ode/53_masked.ipynb #daebbad4
 class Record(NamedTuple):
     "Steps that were taken, a row each."
     starts:Tensor           # (room, samples) float64
@@ -126,8 +126,9 @@ def make_record(y:Tensor, room:int, stages:int, states:bool) -> Record:
                   y.new_empty(room + 1, *y.shape) if states else None,
                   y.new_empty(room, len(y), stages, y[0].numel()) if stages else None)
 
-def write(record:Record, n:Tensor, start:Tensor, end:Tensor, took:Tensor, y:Tensor, k:list):
-    "Row n."
+def write(record:Record|None, n:Tensor, start:Tensor, end:Tensor, took:Tensor, y:Tensor, k:list):
+    "Row n of a record, if there is one."
+    if record is None: return
     at = n.view(1)
     record.starts.index_copy_(0, at, start[None])
     record.ends.index_copy_(0, at, torch.where(took, end, start)[None])
@@ -135,7 +136,7 @@ def write(record:Record, n:Tensor, start:Tensor, end:Tensor, took:Tensor, y:Tens
     if record.y is not None: record.y.index_copy_(0, at, y[None])
     if record.k is not None: record.k.index_copy_(0, at, torch.stack([x.flatten(1) for x in k], 1)[None])
 
-# %% ../../nbs/ode/53_masked.ipynb #08737eac
+# %% ../../nbs/ode/53_masked.ipynb #9344376f
 class Now(NamedTuple):
     "Where all samples are."
     n:Tensor                # int64: rows of the record that are filled
@@ -145,7 +146,7 @@ class Now(NamedTuple):
     y:Tensor                # (samples, …)
     rest:tuple              # state of the controller if adaptive, then dy/dt unless fresh
 
-def one_attempt(recipe:Recipe, course:Course, field:Callable, record:Record, now:Now) -> Now:
+def one_attempt(recipe:Recipe, course:Course, field:Callable, record:Record|None, now:Now) -> Now:
     "Try a step of every sample, keep what counts."
     going = going_on(recipe, course, now.t, now.h)
     reach = 1.1 if recipe.controller else 1 + 1e-9      # fixed steps stretch no further than rounding

@@ -6,7 +6,7 @@
 __all__ = ['refuse_own_control', 'make_plan', 'refuse_dense', 'check_batch', 'sample_gradient', 'solve_samples', 'run_events',
            'run_plan', 'run_checked', 'solve']
 
-# %% ../../nbs/ode/15_solve.ipynb #5a4a33e6
+# %% ../../nbs/ode/15_solve.ipynb #ba3f7b9a
 import math
 from typing import Callable
 
@@ -20,7 +20,7 @@ from .catalogue import stepper_of, unwrap
 from .checks import (as_times, check_field, check_grid, check_times, flat_field, keep_autocast,
                                      outside_inference, positive, stop_times, with_stops)
 from .compiled import refuse_compiled
-from .compiled_gradient import compiled_march
+from .compiled_adjoint import compiled_march
 from .control import find_controller
 from .events import EventRun, as_events, occurrences
 from .gradient import Job, differentiable_march
@@ -97,7 +97,7 @@ def sample_gradient(gradient, method) -> tuple:
     if getattr(gradient, 'states', None) is not None: name = gradient      # refused where a gradient is wanted
     return name, around
 
-# %% ../../nbs/ode/15_solve.ipynb #c50a4dd2
+# %% ../../nbs/ode/15_solve.ipynb #897c7e3c
 def solve_samples(f, y0, t, method, gradient, step_size, throw:bool, events, given:dict) -> Solution:
     "Solve per sample and unflatten the answer."
     name, around = sample_gradient(gradient, method)
@@ -111,7 +111,7 @@ def solve_samples(f, y0, t, method, gradient, step_size, throw:bool, events, giv
     if events: plan.watch = SampleWatch(SampleEvents(events, plan))
     job, happened = Job(plan, tuple(tensors), around=around), ()
     with torch.autocast(plan.layout.device.type, enabled=False):
-        run = compiled_march(job, order.each)
+        run = compiled_march(job, order.each, name)
         if run is None: run, *happened = march_samples(job, times if times.requires_grad else None, name)
     failed = run.failure or {}
     ended = plan.watch.terminated.tolist() if events else [False] * len(plan.y0)
@@ -138,12 +138,13 @@ def run_events(job:Job, t, events, gradient:str, throw:bool, fresh=None) -> Solu
     if run.failure is not None and throw: raise SolveError(run.failure, solution)
     return solution
 
-# %% ../../nbs/ode/15_solve.ipynb #d5e88236
+# %% ../../nbs/ode/15_solve.ipynb #4e9945dd
 def run_plan(job:Job, t, gradient:str, throw:bool=True) -> Solution:
     "Solve a checked plan and unflatten the answer."
     plan, t = job.plan, as_times(t)
     with torch.autocast(plan.layout.device.type, enabled=False):        # f brings its own
-        run = compiled_march(job, torch.tensor([plan.times], dtype=torch.float64, device=plan.y0.device)) if plan.whole else None
+        each = torch.tensor([plan.times], dtype=torch.float64, device=plan.y0.device) if plan.whole else None
+        run = compiled_march(job, each, gradient) if plan.whole else None
         if run is None: run = differentiable_march(job, t if t.requires_grad else None, gradient)
     status = run.failure.status if run.failure else Status.success
     plan.budget.lift()
@@ -152,16 +153,18 @@ def run_plan(job:Job, t, gradient:str, throw:bool=True) -> Solution:
     if run.failure is not None and throw: raise SolveError(run.failure, solution)
     return solution
 
-# %% ../../nbs/ode/15_solve.ipynb #a2e918eb
+# %% ../../nbs/ode/15_solve.ipynb #2c3edfcd
 def run_checked(plan:Plan, tensors:list, t, events, gradient, throw:bool, fresh=None) -> Solution:
     "Solve a checked plan, with events or without."
     name, own = gradient_name(gradient), gradient if isinstance(gradient, Adjoint) else Adjoint()
     checkpoint = gradient if isinstance(gradient, Checkpoint) else Checkpoint()
-    refuse_compiled(plan, t, name, events=events)
+    backward = backward_settings(plan, gradient)
+    for one in (plan, backward or plan):
+        refuse_compiled(one, t, name, events=events, **{'a function as the norm of Adjoint': callable(own.norm)})
     if transformed(): name = 'direct'       # what torch.func sees
     if name == 'auto': name, checkpoint = choose(plan, getattr(gradient, 'memory', None))
     refuse_dense(plan, name, t, plan.y0, tensors)
-    job = Job(plan, tuple(tensors), backward_settings(plan, gradient), own.params, own.norm, checkpoint=checkpoint)
+    job = Job(plan, tuple(tensors), backward, own.params, own.norm, checkpoint=checkpoint)
     if events is not None: return run_events(job, t, events, name, throw, fresh)
     return run_plan(job, t, name, throw)
 
