@@ -110,13 +110,13 @@ def execute(name, config, device=None, resume=False, results=None, progress=True
     if int(os.environ.get("RANK", 0)): return record, None
     return record, record.save(results or results_folder(), show.save)
 
-# %% ../nbs/cli.ipynb #4583db37
+# %% ../nbs/cli.ipynb #1fafa5d8
 @_command
 def run(
     name:Annotated[str, Argument(help="An experiment, or how its name begins; see neuralode list.")],
     more:Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help="Changes, as after --set.")] = None,
     profile:Annotated[str, Option(help="smoke: seconds; full: the committed record; demo: a first look.")] = "smoke",
-    changes:Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="A change of a setting; more may follow.")] = None,
+    changes:Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="A change; more may follow.")] = None,
     seed:Annotated[list[int] | None, Option(help="Instead of the profile's seeds; repeatable.")] = None,
     device:Annotated[str | None, Option(help="cpu, cuda, cuda:1 or mps; the best there is by default.")] = None,
     resume:Annotated[bool, Option("--resume", help="Go on from the checkpoints of the same settings.")] = False,

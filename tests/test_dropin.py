@@ -11,6 +11,7 @@ import torchdiffeq
 from torch import nn
 
 import neuralode_nb
+from neuralode_nb.models.fields import Autonomous
 from neuralode_nb.ode.detest import DETEST
 from neuralode_nb.ode.methods import TABLEAUS, find_tableau
 from neuralode_nb.ode.problems import PROBLEMS
@@ -276,17 +277,13 @@ def test_every_option_of_the_adjoint(more):
 def test_adjoint_params_may_leave_parameters_of_a_module_out():
     grads = []
     for lib in (torchdiffeq, neuralode_nb):
-        layer = torch.nn.Linear(2, 2).double()
+        layer = nn.Sequential(nn.Linear(2, 2).double(), nn.Tanh())
         with torch.no_grad():
             for p in layer.parameters(): p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
-        class Module(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.layer = layer
-            def forward(self, t, y): return torch.tanh(self.layer(y))
-        lib.odeint_adjoint(Module(), torch.ones(2).double(), torch.tensor([0., .5, 1.]), adjoint_params=(layer.weight,)).sum().backward()
-        assert layer.bias.grad is None
-        grads.append(layer.weight.grad)
+        f, y0, t = Autonomous(layer), torch.ones(2).double(), torch.tensor([0., .5, 1.])
+        lib.odeint_adjoint(f, y0, t, adjoint_params=(layer[0].weight,)).sum().backward()
+        assert layer[0].bias.grad is None
+        grads.append(layer[0].weight.grad)
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
 
 

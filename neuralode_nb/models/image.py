@@ -43,7 +43,7 @@ def head(
     return nn.Sequential(nn.GroupNorm(_groups(width, design), width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(width, classes))
 
-# %% ../../nbs/models/02_image.ipynb #7a47c13c
+# %% ../../nbs/models/02_image.ipynb #c058829b
 def check_images(
     x:Tensor,            # images
     channels:int,        # that the network takes
@@ -54,7 +54,8 @@ def check_images(
     sides = f"{least}, {least})" if exact else f"height, width) of at least {least} x {least}"
     size = tuple(x.shape[-2:])
     if x.ndim != 4 or x.shape[1] != channels or min(size) < least or exact and size != (least, least):
-        raise ValueError(f"x={tuple(x.shape)}: this network takes (batch, {channels}, {sides} pixels; reshape the images, or build it for theirs")
+        raise ValueError(f"x={tuple(x.shape)}: this network takes (batch, {channels}, {sides} pixels; reshape the images, or "
+                         "build it for theirs")
     return x
 
 # %% ../../nbs/models/02_image.ipynb #eb9066aa
