@@ -168,6 +168,13 @@ def test_failures_are_diagnosed_as_by_the_eager_loop(name):
     with pytest.raises(SolveError): solve(f, y0, [0., 1.], compile=True, **options)
 
 
+def test_a_failed_solve_with_the_adjoint_is_diagnosed_too():
+    y0 = torch.ones(2, requires_grad=True, **D)
+    a, b = (solve(lambda t, y: y**2, y0, [0., 2.], gradient='adjoint', throw=False, compile=c) for c in (True, False))
+    assert a.status == b.status != Status.success and a.failure.time == b.failure.time
+    torch.testing.assert_close(a.y, b.y, equal_nan=True)
+
+
 REFUSED = {
     'method': (dict(method='kvaerno5'), 'kvaerno5.*explicit'), 'gradient': (dict(gradient='gauss'), 'checkpoint'),
     'adjoint per sample': (dict(gradient='adjoint', batch='sample'), "batch='sample'"),

@@ -125,7 +125,7 @@ def way_back(work:Work, tensors:tuple) -> Callable:
         return a, rest
     return back
 
-# %% ../../nbs/ode/56_compiled_adjoint.ipynb #668346e5
+# %% ../../nbs/ode/56_compiled_adjoint.ipynb #b5a3f779
 def compiled_march(job:Job, times:Tensor, how:str) -> Run|None:
     "Solve a plan by a program; None if it failed, so that the eager loop finds out why. `times`: (samples, times), float64."
     plan = job.plan
@@ -136,6 +136,7 @@ def compiled_march(job:Job, times:Tensor, how:str) -> Run|None:
     job.run = Run(None, Stats())
     adjoint = how == 'adjoint'
     work, tensors, run = compiled_run(job, times, torch.is_grad_enabled() and not adjoint)
+    if run is None: job.run = None       # nothing of it is left to the eager loop
     if job.params is not None:      # these and no others
         asked = {id(x) for x in (*job.args, *job.params)}
         tensors = tuple(x if id(x) in asked else x.detach() for x in tensors)
