@@ -373,8 +373,8 @@ def test_a_field_that_changed_is_looked_at_again():
 
 
 @pytest.mark.real
-@pytest.mark.parametrize('how', ['checkpoint', 'adjoint'])
-def test_compiled_by_the_real_compiler(how, batch='joint'):
+@pytest.mark.parametrize('how, batch', [('checkpoint', 'joint'), ('checkpoint', 'sample'), ('adjoint', 'joint')])
+def test_compiled_by_the_real_compiler(how, batch):
     f = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
     field = lambda t, y: f(y**3)
     y0, t = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 2, 4)
