@@ -6,7 +6,7 @@
 __all__ = ['LOOKS', 'all_steps_back', 'Work', 'Stretch', 'room_for', 'stretches', 'wants', 'observed', 'parameters_of', 'looks',
            'key_of', 'kind_of', 'look', 'work_of', 'begin', 'between_steps', 'counted', 'first_fixed', 'compiled_run']
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #15b83aa9
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #4c857b53
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -17,7 +17,6 @@ from .base import Stats
 from .checkpoint import Job
 from .checks import flat_field
 from .compiled import all_attempts, as_module, call, course_of, flat_copy, graphs, laid_out, recipe_of
-from .dense import exponents
 from .loop import Run
 from .masked import Course, Now, Recipe, Record, both_ends, field_of, make_record, masked_step
 from .parameters import touched
@@ -84,11 +83,11 @@ class Stretch(torch.autograd.Function):
         grads = [*rest[len(params):], *rest[:len(params)]]
         return None, None, None, None, bar, *[g if x.requires_grad else None for g, x in zip(grads, tensors[1:])]
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #508e974d
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #8af9976e
 def room_for(y:Tensor, stages:int, states:bool) -> int:
     "Rows of a record."
     if not states: return 1024
-    return min(max(2 ** 18 // max(y.numel() * (stages + 1), 1), 8), 256)
+    return min(max(2 ** 19 // max(y.numel() * (stages + 1), 1), 8), 256)
 
 def stretches(work:Work, now:Now, tensors:tuple, stages:int, states:bool) -> tuple:
     "([(record, rows)], where all samples are) of a whole solve; None for that if it failed."
@@ -113,27 +112,28 @@ def wants(*tensors) -> bool:
     "Does any of them require grad?"
     return any(x is not None and x.requires_grad for x in tensors)
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #6c2d686d
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #665979a0
 def observed(work:Work, found:list, times:Tensor, last:Tensor) -> Tensor:
     "States at times (samples, times): (times, samples, …)."
     course, gather = work.course, lambda i: torch.cat([record[i][:n] for record, n in found])
     starts, ends, y = gather(0), gather(1), torch.cat([gather(3), last[None]])
-    sample = torch.arange(len(times), device=times.device)[:, None]
-    step = torch.searchsorted((ends * course.sign).t().contiguous(), times * course.sign[:, None]).clamp(max=len(ends) - 1)
-    begin, end = starts[step, sample], ends[step, sample]
-    after = step + (times != begin)
-    if found[0][0].k is None: return y[after, sample].transpose(0, 1)
+    n, samples = ends.shape
+    step = torch.searchsorted((ends * course.sign).t().contiguous(), times * course.sign[:, None]).clamp(max=n - 1)
+    inside = step * samples + torch.arange(samples, device=times.device)[:, None]
+    def pick(x, i): return x.flatten(0, 1).index_select(0, i.flatten()).view(*times.shape, *x.shape[2:])
+    begin, end = pick(starts, inside), pick(ends, inside)
+    after = pick(y.flatten(2), inside + samples * (times != begin))
+    if found[0][0].k is None: return after.view(*times.shape, *y.shape[2:]).transpose(0, 1)
     span = end - begin
     theta = torch.where(span == 0, 0., (times - begin) / torch.where(span == 0, 1., span)).to(y.dtype)
     k, h = gather(4), (ends - starts).to(y.dtype)[..., None, None]
     dense = work.job.plan.method.coefficients(y.dtype, y.device).dense[:k.shape[2]]
-    rows = torch.einsum('nbsd,sp->nbpd', k, dense) * h             # of the polynomial in theta of each step
-    powers = theta[..., None] ** exponents(dense.shape[1], y.device)
-    rows, wide_state = rows[step, sample], rows.shape[-1] >= 16      # a product pays where a sample has many numbers
-    change = (powers[..., None, :] @ rows).squeeze(-2) if wide_state else (powers[..., None] * rows).sum(2)
-    inner = y[step, sample].flatten(2) + change
+    # rows of the polynomial in theta of each step; many small products are slower than one sum
+    rows = dense.mT @ k if k.shape[-1] >= 16 else torch.einsum('nbsd,sp->nbpd', k, dense)
+    powers = theta[..., None].expand(*theta.shape, dense.shape[1]).cumprod(-1)
+    inner = pick(y.flatten(2), inside) + (powers[..., None, :] @ pick((rows * h).contiguous(), inside)).squeeze(-2)
     on_end = ((times == begin) | (times == end))[..., None]
-    return torch.where(on_end, y[after, sample].flatten(2), inner).view(*times.shape, *y.shape[2:]).transpose(0, 1)
+    return torch.where(on_end, after, inner).view(*times.shape, *y.shape[2:]).transpose(0, 1)
 
 # %% ../../nbs/ode/55_compiled_gradient.ipynb #8f3dd415
 def parameters_of(module) -> dict:
@@ -168,7 +168,7 @@ def look(job:Job, module) -> list:
                          f"tensor of shape {tuple(found[0].shape)} that it holds elsewhere: pass it in args, or leave compile out")
     return [ref(x) for x in read]
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #a5580203
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #ae4fb74d
 def work_of(job:Job, times:Tensor, inner:bool) -> tuple:
     "(what is to be compiled, where it begins, parameters)"
     plan, (field, norm, rebuilt), kind = job.plan, job.plan.whole, kind_of(job.plan)
@@ -183,7 +183,7 @@ def begin(recipe:Recipe, plan:Plan, times:Tensor, y:Tensor) -> Now:
     "Where a solve starts; a first length that is not given is found by the program."
     one = times.new_ones(len(times))
     h = one * (plan.first_step or torch.nan) if recipe.controller is not None else first_fixed(plan, one)
-    state = (one, one, one < 0) if recipe.controller is not None else ()
+    state = (one, one.clone(), one < 0) if recipe.controller is not None else ()
     return Now(torch.zeros((), dtype=torch.int64, device=y.device), torch.zeros_like(one, dtype=torch.int64),
                flat_copy(times[:, 0]), h, y, state)
 
