@@ -161,7 +161,7 @@ def conv_tasks(small):
 
 
 def stiff_tasks(small):
-    n, mu, end = (4, (5, 10), 10) if small else (256, (50, 100), 100)
+    n, mu, end = (4, (5, 7), 10) if small else (256, (80, 100), 100)      # at the end none is on one of its jumps
     common = dict(f=van_der_pol, y0=np.tile([2., 0.], (n, 1)), t=np.array([0., end]),
                   w={"mu": np.linspace(*mu, n)[:, None]}, rtol=1e-4, atol=1e-4, each=True, single=van_der_pol, agree=5e-2)
     return {"stiff": Task(f"{n} stiff oscillators, mu {mu[0]} to {mu[1]}, the best method of each", **common, method="stiff"),

@@ -54,6 +54,54 @@ def test_times_are_within_ten_tolerances(method):
     assert (sol.y[-1, :, 0] + .5).abs().max() < 1e-9
 
 
+def corner(method, batch):
+    "Two balls: one meets both walls at once, the other one wall after the other; the time of both is a third event."
+    turned = lambda i: lambda t, y: y*torch.tensor([-1. if j == i else 1. for j in range(4)])
+    of = lambda y, j: y[..., j]
+    walls = [Event(lambda t, y, i=i: 1 - of(y, 2 + i), -1, jump=turned(i)) for i in range(2)]
+    faster = torch.tensor([2., 2., 1., 1.])
+    clock = Event(lambda t, y: t.reshape(-1) - 1. if batch else t - 1., jump=lambda t, y: faster*y)
+    roll = lambda t, y: torch.cat([0*y[..., :2], y[..., :2]], -1)
+    y0 = torch.tensor([[1., 1., 0., 0.], [1., .5, 0., 0.]], dtype=D)
+    if batch: return [samples(roll, y0, [0., 2.5], method, events=[*walls, clock])]
+    return [solve(roll, y, [0., 2.5], method, events=[*walls, clock]) for y in y0]
+
+
+@each_kind
+def test_events_of_one_time_all_happen(method):
+    (found,), alone = corner(method, True), corner(method, False)
+    for i in range(3):
+        for b, one in enumerate(alone):
+            mine, theirs = found.events[i].of(b), one.events[i]
+            assert len(mine) == len(theirs) == 1
+            assert torch.allclose(mine.t, theirs.t, atol=1e-9) and torch.allclose(mine.y, theirs.y, atol=1e-9)
+    assert torch.allclose(found.y[-1], torch.stack([one.y[-1] for one in alone]), atol=1e-8)
+    assert found.events[0].t[0].tolist() == found.events[2].t[0].tolist() == pytest.approx([1., 1.])
+    assert found.events[1].t[0].tolist() == pytest.approx([1., 1.5])
+
+
+@each_kind
+@pytest.mark.parametrize("batch", [True, False])
+def test_an_event_right_after_another_does_not_repeat_it(method, batch):
+    "The jump of the first leads to just before the second, too near for the time to tell."
+    near = torch.ones(1, 1, dtype=D) - 1e-14
+    clock = Event(lambda t, y: t.reshape(-1) - 1000.5 if batch else t - 1000.5, jump=lambda t, y: near if batch else near[0])
+    level = Event(lambda t, y: y[..., 0] - 1., 1, terminal=False)
+    f, y0 = lambda t, y: torch.ones_like(y), torch.zeros(1, 1, dtype=D)
+    options = dict(method=method, events=[clock, level])
+    sol = samples(f, y0, [1000., 1002.], **options) if batch else solve(f, y0[0], [1000., 1002.], **options)
+    assert [len(e) for e in sol.events] == [1, 1]
+    assert torch.allclose(sol.y[-1].flatten(), torch.tensor([2.5], dtype=D))
+
+
+def test_a_terminal_event_together_with_a_jump_ends():
+    both = [Event(lambda t, y: y[:, 0] - .5, jump=lambda t, y: 2*y), lambda t, y: y[:, 0] - .5]
+    found = samples(lambda t, y: -y, torch.tensor([[1.], [2.]], dtype=D), [0., 9.], events=both)
+    assert [e.count.tolist() for e in found.events] == [[1, 1], [1, 1]]
+    assert found.status == [Status.terminated_by_event]*2
+    assert torch.allclose(found.events[1].t[0], torch.tensor([2., 4.], dtype=D).log(), atol=1e-5)
+
+
 @pytest.mark.parametrize("method, step", [("rk4", .1), ("implicit_midpoint", .02)])
 def test_fixed_steps_land_on_events_too(method, step):
     y0 = torch.tensor([[0., 1.], [1., 0.]], dtype=D)

@@ -106,7 +106,7 @@ def exact(self:'Retrace', x:Tensor, shift:Tensor|None) -> Tensor:
     last = (self.plan.each if self.t is None else self.t)[:, -1]
     return torch.where(x == self.plan.each[:, -1], last, torch.where(self.still(x), x, x + shift))
 
-# %% ../../nbs/ode/38_batch.ipynb #2f0fe462
+# %% ../../nbs/ode/38_batch.ipynb #af0206c6
 class Retrace:
     "Accepted steps again, with a graph."
     def __init__(self, plan:Plan, t:Tensor|None, args:tuple, stats:Stats):
@@ -130,7 +130,7 @@ class Retrace:
         moves = accepted & (start != end)
         tiny = 1e-6 * start.abs().clamp(min=1e-3) * sign.where(sign != 0, 1.)
         begin, stop = self.exact(start, shift), self.exact(end, shift)
-        if which is not None: stop = torch.where(which < 0, stop, end)
+        if which is not None: stop = torch.where(which.any(0), end, stop)
         finish = torch.where(moves, stop, start + tiny)
         sound = y.detach().reshape(len(y), -1).isfinite().all(1)
         y = torch.where(wide(sound, y), y, torch.ones_like(y))

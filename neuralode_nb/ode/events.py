@@ -80,32 +80,34 @@ def enclose(g:Callable, low:float, high:float, g_low:float, g_high:float) -> flo
         else: low, g_low, g_high, side = middle, value, g_high / (2 if side == -1 else 1), -1
     return middle
 
-# %% ../../nbs/ode/39_events.ipynb #b3203a94
+# %% ../../nbs/ode/39_events.ipynb #2b3ac60e
 def land(watch:'Watch', stepper, at:Callable, start:float, end:float, y:Tensor, low, high, values, after, found) -> tuple:
     "The step again, to the first of the events in it."
     inside = lambda i: enclose(lambda x: watch.values(*at(x))[i], low, high, values[i], after[i])
     zeros = {i: inside(i) if after[i] else high for i in found}
     i = min(zeros, key=zeros.get)
-    theta, step = zeros[i], (high - low) * 1e-3
-    near = [max(theta - step, 0.), min(theta + step, 1.)]
+    theta, beside = zeros[i], (high - low) * 1e-3
+    near = [max(theta - beside, 0.), min(theta + beside, 1.)]
     (a, b), span = ([watch.values(*at(x))[i] for x in near], (near[1] - near[0]) * (end - start))
     slope, t = (b - a) / span, start + theta * (end - start)
+    step = lambda t: y if t == start else stepper.attempt(start, t, y)
     for _ in range(4):
-        y1 = stepper.attempt(start, t, y)
+        y1 = step(t)
         move = watch.values(t, y1)[i] / slope if slope else 0.
         if not abs(move) > 4 * math.ulp(t) or not 0 < (t - move - start) / (end - start) <= 1: break
         t -= move
-    else: y1 = stepper.attempt(start, t, y)
+    else: y1 = step(t)
     later = watch.values(*at(theta + max(8 * math.ulp(t) / abs(end - start), 1e-12)))      # beyond all rounding
-    watch.hit = tuple(sorted({i, *watch.crossed(values, later), *watch.crossed(values, watch.values(t, y1))}))
+    hit = {*watch.crossed(values, later), *watch.crossed(values, watch.values(t, y1))}
+    watch.hit = tuple(sorted({i} | hit - watch.over(theta)))
     return t, y1
 
-# %% ../../nbs/ode/39_events.ipynb #aeaad660
+# %% ../../nbs/ode/39_events.ipynb #b29be469
 class Watch:
     "Looks for events in accepted steps."
     def __init__(self, functions:list, directions:list, clock:Callable, fresh:tuple|None=None):
         self.functions, self.directions, self.clock, self.hit = functions, directions, clock, None
-        self.before, self.fresh = None, fresh or ()     # events that have just happened start at their zeros
+        self.before, self.fresh, self.first = None, fresh or (), True     # events that have just happened start at their zeros
 
     def values(self, t:float, y:Tensor) -> list:
         "All event functions."
@@ -115,6 +117,10 @@ class Watch:
         "The events between two sets of values."
         return [i for i, (a, b, d) in enumerate(zip(before, after, self.directions))
                 if (a < 0 <= b and d >= 0) or (a > 0 >= b and d <= 0)]
+
+    def over(self, theta:float) -> set:
+        "Events that happened at the start of this step, seen from a place so near."
+        return set(self.fresh) if self.first and theta <= 1e-3 else set()
 
     @torch.no_grad()
     def __call__(self, stepper, start:float, end:float, y:Tensor, y1:Tensor) -> tuple:
@@ -129,7 +135,7 @@ class Watch:
             after = self.values(*at(high))
             if found := self.crossed(values, after): return land(self, stepper, at, start, end, y, low, high, values, after, found)
             low, values = high, [b if b else a for a, b in zip(values, after)]
-        self.before = values
+        self.before, self.first = values, False
         return end, y1
 
 # %% ../../nbs/ode/39_events.ipynb #26464228

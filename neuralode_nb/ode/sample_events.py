@@ -43,13 +43,13 @@ def each_state(jump:Callable, i:int, layout:Layout) -> Callable:
         return layout.flatten(tree_unflatten(leaves, spec))
     return state
 
-# %% ../../nbs/ode/40_sample_events.ipynb #2a092e98
+# %% ../../nbs/ode/40_sample_events.ipynb #3072bb01
 def moments(events:'SampleEvents', f:Callable, clock:SampleClock, which:Tensor, end:Tensor, y:Tensor) -> tuple:
-    "(t, y) at the end of a step, of samples with an event as functions of all that y and g depend on. Raises ValueError."
-    when, n = end, len(end)
+    "(t, y) of events, (functions, samples, …), as functions of all that y and g depend on. Raises ValueError."
+    when, n = [end] * len(which), len(end)
     with torch.no_grad(): k = f(clock(end), y.detach()).clone()
     for i, g in enumerate(events.functions):
-        if not (mine := which == i).any(): continue
+        if not (mine := which[i]).any(): continue
         tau, z = end.detach().requires_grad_(), y.detach().requires_grad_()
         with torch.enable_grad():
             value = g(clock(tau), z)
@@ -62,18 +62,19 @@ def moments(events:'SampleEvents', f:Callable, clock:SampleClock, which:Tensor, 
             "event has no gradient: use a function that crosses zero and is differentiable, or solve under torch.no_grad()")
         value = g(clock(end), y).double()
         move = Quotient.apply(value - value.detach(), torch.where(mine, slope, 1.))
-        when = torch.where(mine, end - move, when)
-    return when, y + k * wide((when - end).to(events.plan.layout.time), y)
+        when[i] = torch.where(mine, end - move, end)
+    return torch.stack(when), torch.stack([y + k * wide((t - end).to(events.plan.layout.time), y) for t in when])
 
-# %% ../../nbs/ode/40_sample_events.ipynb #12e23c1f
+# %% ../../nbs/ode/40_sample_events.ipynb #064f8925
 def happen(self:'SampleEvents', tracer, which:Tensor, end:Tensor, y:Tensor, shift:Tensor) -> tuple:
     "State and shift after the events at the end of a step that is taken again."
-    clock, hit = tracer.stepper.clock, which >= 0
-    when, y = moments(self, tracer.plan.f, clock, which, end, y)
-    tracer.found.append((when[hit], y[hit]))
-    return self.jumped(clock(when), y, which), torch.where(hit, when - end, shift)
+    clock = tracer.stepper.clock
+    when, states = moments(self, tracer.plan.f, clock, which, end, y)
+    tracer.found.append((when[which], states[which]))
+    first = which.int().argmax(0), torch.arange(len(end), device=end.device)
+    return self.jumped(clock(when[first]), states[first], which), torch.where(which.any(0), when[first] - end, shift)
 
-# %% ../../nbs/ode/40_sample_events.ipynb #5fd419f7
+# %% ../../nbs/ode/40_sample_events.ipynb #73992ef7
 class SampleEvents:
     "Event functions and jumps of a batch, on flat states, with the args of a solve."
     def __init__(self, events:list, plan:Plan, args=None):
@@ -94,10 +95,9 @@ class SampleEvents:
     happen = happen
 
     def jumped(self, t:Tensor, y:Tensor, which:Tensor) -> Tensor:
-        "The states after the event of each sample; -1 is none."
-        state = y
-        for i, jump in enumerate(self.jumps):
-            if jump and (mine := which == i).any(): y = torch.where(wide(mine, y), jump(t, state.clone()), y)
+        "The states after the events of each sample, one jump upon the other."
+        for jump, mine in zip(self.jumps, which):
+            if jump and mine.any(): y = torch.where(wide(mine, y), jump(t, y.clone()), y)
         return y
 
     def all_with(self, f:Callable) -> Callable:
@@ -139,9 +139,9 @@ def crossed(before:Tensor, after:Tensor, directions:Tensor) -> Tensor:
     up, down = (before < 0) & (after >= 0), (before > 0) & (after <= 0)
     return up & (directions >= 0)[:, None] | down & (directions <= 0)[:, None]
 
-# %% ../../nbs/ode/40_sample_events.ipynb #2261a4c0
+# %% ../../nbs/ode/40_sample_events.ipynb #9fe3a321
 def look(self:'SampleWatch', at:Callable, like:Tensor, accepted:Tensor) -> tuple:
-    "(place of the first event in the step of each sample, which one; -1 where there is none)."
+    "(place of the first event in the step of each sample, which one: (functions, samples); None if there is none)."
     todo, values, low = accepted, self.before, torch.zeros_like(like)
     lows, highs, before, after, found = low, low, values, values, torch.zeros_like(values, dtype=torch.bool)
     for place in (*PLACES, 1.):
@@ -157,14 +157,14 @@ def look(self:'SampleWatch', at:Callable, like:Tensor, accepted:Tensor) -> tuple
     inside = lambda i: lambda theta: self.events.functions[i](*self.as_given(at(theta)))
     brackets = enumerate(zip(before, after, found))
     zeros = torch.stack([enclose_each(inside(i), lows, highs, *bracket, self.close) for i, bracket in brackets])
-    theta, which = zeros.min(0).values, zeros.argmin(0)
-    return torch.where(found.any(0), theta, 1.), torch.where(found.any(0), which, -1)
+    first = torch.arange(len(zeros), device=zeros.device)[:, None] == zeros.argmin(0)
+    return torch.where(found.any(0), zeros.amin(0), 1.), first & found.any(0)
 
-# %% ../../nbs/ode/40_sample_events.ipynb #502c90bf
-def land_each(self:'SampleWatch', stepper, at:Callable, theta:Tensor, which:Tensor, ends:tuple, y:Tensor) -> tuple:
-    "(ends, states) of the step taken again to the events in it."
-    (start, end), going = ends, which >= 0
-    of = lambda t, y: self.values(t, y).gather(0, which.clamp(min=0)[None])[0].double()
+# %% ../../nbs/ode/40_sample_events.ipynb #410990d7
+def land_each(self:'SampleWatch', stepper, at:Callable, theta:Tensor, first:Tensor, ends:tuple, y:Tensor) -> tuple:
+    "(ends, states, which events happen there) of the step taken again to the events in it."
+    (start, end), some = ends, first.any(0)
+    of, going = lambda t, y: torch.where(first, self.values(t, y), 0.).sum(0).double(), some
     near = (theta - 1e-4).clamp(min=0.), (theta + 1e-4).clamp(max=1.)
     (a, b), span = [of(*at(x)) for x in near], (near[1] - near[0]) * (end - start)
     slope, t = (b - a) / span, torch.where(going, start + theta * (end - start), end)
@@ -176,8 +176,11 @@ def land_each(self:'SampleWatch', stepper, at:Callable, theta:Tensor, which:Tens
         going = going & (move.abs() > 4 * torch.finfo(self.dtype).eps * t.abs()) & (0 < share) & (share <= 1)
         if n == 4 or not going.any(): break
         t = torch.where(going, t - move, t)
-    self.lost = (which >= 0) & self.steps.failed & (t != start)
-    return t, torch.where(wide(t == start, y), y, y1)
+    self.lost = some & self.steps.failed & (t != start)
+    y1 = torch.where(wide(t == start, y), y, y1)
+    tiny = torch.where(some, 8 * torch.finfo(t.dtype).eps * t.abs() / (end - start).abs(), 0.).clamp(min=1e-12)    # beyond rounding
+    with_it = [crossed(self.before, seen, self.directions) for seen in (self.values(*at(theta + tiny)), self.values(t, y1))]
+    return t, y1, first | some & (with_it[0] | with_it[1]) & ~(self.just & self.anew & (theta <= 1e-3))    # not those just now
 
 # %% ../../nbs/ode/40_sample_events.ipynb #1bc70d55
 def begin_anew(steps, which:Tensor, now:Tensor, y:Tensor):
@@ -193,15 +196,15 @@ def begin_anew(steps, which:Tensor, now:Tensor, y:Tensor):
     if isinstance(state, tuple): lengths.state = tuple(torch.where(which, x, s) for x, s in zip(begun, state))
     else: lengths.state = [plan.controller.init() if w else s for w, s in zip(which.tolist(), state)]
 
-# %% ../../nbs/ode/40_sample_events.ipynb #51a39d93
+# %% ../../nbs/ode/40_sample_events.ipynb #045b045b
 @torch.no_grad()
 def after(self:'SampleWatch', now:Tensor, y:Tensor) -> Tensor:
     "The states from which samples go on after the events that happened just now."
     if self.log[-1] is None: return y
-    hit, steps, stepper = self.which >= 0, self.steps, self.steps.stepper
+    hit, steps, stepper = self.which.any(0), self.steps, self.steps.stepper
     if self.lost.any(): steps.fates.freeze(self.lost, Status.newton_failed, now, torch.zeros_like(now))
     y = self.events.jumped(self.clock(now), y, self.which)
-    ended = hit & self.terminal[self.which]
+    ended = (self.which & self.terminal).any(0)
     self.terminated, self.stale = self.terminated | ended, self.stale | hit
     self.just = torch.where(hit, self.which, self.just)
     steps.fates.active = steps.fates.active & ~ended
@@ -210,35 +213,34 @@ def after(self:'SampleWatch', now:Tensor, y:Tensor) -> Tensor:
         k = stepper.slope(self.clock(now, stepper.inside(now, 1.)), y)
         stepper.k = torch.where(wide(anew, k), k, stepper.k)
         steps.fates.charge(anew, stepper.stats.f_evals)
-    if (jumped := anew & self.jumps[self.which]).any(): begin_anew(steps, jumped, now, y)
+    if (jumped := anew & (self.which & self.jumps).any(0)).any(): begin_anew(steps, jumped, now, y)
     steps.fates.charge(jumped, stepper.stats.f_evals)
     return y
 
-# %% ../../nbs/ode/40_sample_events.ipynb #e8f6f25a
+# %% ../../nbs/ode/40_sample_events.ipynb #f4010e08
 @torch.no_grad()
 def look_at_step(self:'SampleWatch', stepper, start:Tensor, end:Tensor, y:Tensor, y1:Tensor) -> tuple:
     "(ends, states) of the step, shorter for those in which an event happens."
     at, accepted = along_each(stepper, start, end, y, y1), self.steps.accepted
     self.steps.fates.charge(accepted, stepper.stats.f_evals)
     if (anew := self.stale & accepted).any(): self.begin(at, anew, start, y)
-    theta, which = look(self, at, start, accepted)
-    self.which = torch.full_like(self.which, -1) if which is None else which
-    self.log.append(which)
-    if which is None: return end, y1
-    hit = which >= 0
-    end, y1 = land_each(self, stepper, at, theta, which, (start, end), y)
-    self.found.append((end[hit], y1[hit]))
+    self.anew = anew
+    theta, first = look(self, at, start, accepted)
+    if first is None: self.log.append(None)
+    else:
+        end, y1, self.which = land_each(self, stepper, at, theta, first, (start, end), y)
+        self.log.append(self.which)
+        self.found.append(tuple(x.expand(len(first), *x.shape)[self.which] for x in (end, y1)))
     return end, y1
 
 def begin(self:'SampleWatch', at:Callable, anew:Tensor, start:Tensor, y:Tensor):
     "Signs at the start of these samples' steps."
-    fresh = torch.arange(len(self.before), device=anew.device)[:, None] == self.just
-    same = (self.just >= 0) & ~self.jumps[self.just]          # no jump: the other functions are where they were
+    same = self.just.any(0) & ~(self.just & self.jumps).any(0)          # no jump: the other functions are where they were
     signs = torch.where(same, self.before, self.values(start, y))
-    signs = torch.where(fresh, self.values(*at(torch.full_like(start, 1e-3))), signs)
+    signs = torch.where(self.just, self.values(*at(torch.full_like(start, 1e-3))), signs)
     self.before, self.stale = torch.where(anew, signs, self.before), self.stale & ~anew
 
-# %% ../../nbs/ode/40_sample_events.ipynb #3ea31472
+# %% ../../nbs/ode/40_sample_events.ipynb #6d137ba7
 class SampleWatch:
     "Looks for events of each sample, and lets them happen."
     hit = None       # the march never ends for all
@@ -246,11 +248,11 @@ class SampleWatch:
         plan, self.events = events.plan, events
         n, like, self.dtype = len(plan.y0), plan.each[:, 0], plan.layout.time
         self.clock, self.close, self.steps = SampleClock(plan), 4.5 * torch.finfo(self.dtype).eps, None
-        tensor = lambda values: torch.tensor(values, device=like.device)
-        self.directions = tensor([e.direction for e in events.events])
-        self.terminal, self.jumps = (tensor([bool(getattr(e, n)) for e in events.events]) for n in ('ends', 'jump'))
-        self.which = self.just = torch.full((n,), -1, device=like.device)
-        self.log, self.found, self.stale, self.terminated = [], [], self.which < 0, self.which >= 0
+        column = lambda values: torch.tensor(values, device=like.device)[:, None]
+        self.directions = column([e.direction for e in events.events])[:, 0]
+        self.terminal, self.jumps = (column([bool(getattr(e, n)) for e in events.events]) for n in ('ends', 'jump'))
+        self.which = self.just = torch.zeros(len(events.events), n, dtype=torch.bool, device=like.device)
+        self.log, self.found, self.terminated, self.stale = [], [], self.which.any(0), ~self.which.any(0)
         for g in (*events.functions, *filter(None, events.jumps)):
             with torch.no_grad(): g(self.clock(like), plan.y0.detach().clone())
         self.before = plan.y0.new_zeros(len(events.functions), n, dtype=self.dtype)
@@ -280,12 +282,11 @@ class SampleOccurrences:
         n = int(self.count[i])
         return Occurrences(self.t[:n, i], tree_map(lambda y: y[:n, i], self.y))
 
-# %% ../../nbs/ode/40_sample_events.ipynb #26139f81
+# %% ../../nbs/ode/40_sample_events.ipynb #6377b073
 def occurrences_each(watch:SampleWatch, when:Tensor, states:Tensor) -> list:
     "One entry for each event function, from the times and states of all events in the order of steps."
-    layout, n, log = watch.events.plan.layout, len(watch.which), [w for w in watch.log if w is not None]
-    event = torch.cat([watch.which[:0], *(w[w >= 0] for w in log)])
-    sample = torch.cat([watch.which[:0], *((w >= 0).nonzero()[:, 0] for w in log)])
+    layout, n = watch.events.plan.layout, watch.which.shape[1]
+    event, sample = torch.cat([w.nonzero() for w in (watch.which[:, :0], *watch.log) if w is not None]).unbind(1)
     def collect(mine):
         b, order = sample[mine].sort(stable=True)
         count = b.bincount(minlength=n)
