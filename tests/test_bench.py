@@ -108,4 +108,28 @@ def test_shares_add_up(name, monkeypatch):
 def test_one_command_measures_all():
     script = (ROOT / "Makefile").read_text()
     assert "benchmarks/[a-z]*.py" in script and {p.name for p in (ROOT / "benchmarks").glob("[a-z]*.py")} == {
-        "peers.py", "shares.py", "speed.py", "work.py"}
+        "images.py", "peers.py", "shares.py", "speed.py", "work.py"}
+
+
+@pytest.fixture
+def images(monkeypatch):
+    "The image benchmark in small."
+    import images
+    for name, value in dict(ROUNDS=2, BATCH=4, WIDTH=8, STEPS=(2, 4)).items(): monkeypatch.setattr(images, name, value)
+    return images
+
+
+def test_image_steps_are_those_of_one_network(images):
+    rows = images.measure("small")
+    assert [rows[k]["evaluations"] for k in ("ResNet-6", "ours, direct", "ours, checkpoint", "torchdiffeq, adjoint")] == [
+        {"forward": 6, "backward": n} for n in (0, 0, 6, 6)]
+    assert len({row["parameters"] for name, row in rows.items() if name != "ResNet-6"}) == 1
+    assert rows["ours, direct"]["error"] < 1e-5 < 1e-3 < rows["ours, adjoint"]["error"]      # Euler's adjoint is not exact
+    assert all(row["milliseconds"]["median"] > 0 and row["bytes"] > 0 for row in rows.values())
+    depth = images.memory_of_depth()
+    assert len(set(depth["reversible, alf"].values())) == 1 and depth["direct, euler"]["4"] > depth["direct, euler"]["2"]
+
+
+def test_an_image_gradient_that_is_off_is_loud(images):
+    with pytest.raises(SystemExit, match="torchdiffeq, direct: its gradient is off by 0.5"):
+        images.check({"ours, direct": {"error": .1}, "torchdiffeq, direct": {"error": .5}, "ResNet-6": {}})

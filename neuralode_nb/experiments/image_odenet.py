@@ -34,7 +34,7 @@ from ..ode.scipy_solver import SciPy
 from ..ode.ways import Adjoint, free_memory
 from ..show import PALETTE, images, panel
 
-# %% ../../nbs/experiments/09_image_odenet.ipynb #4fdb9dde
+# %% ../../nbs/experiments/09_image_odenet.ipynb #75d1b343
 def _selects(default): return field(default=default, metadata={"selects": True})
 
 @dataclass
@@ -59,24 +59,25 @@ class Settings:
     precision: Literal["no", "bf16"] | None = None    # None: as the launcher says
     samples: int = 60_000                # images for training, at most
     threads: int = 1                     # of the processor; 2 are faster if nothing else computes
-    readings: int = _selects(512)        # test images read with other solvers; 0: none
+    readings: int = _selects(2_000)      # test images read with other solvers; 0: none
     seeds: tuple[int, ...] = _selects((0,))
 
     def __post_init__(self):
         for name in ("steps", "epochs", "batch", "samples"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
-# %% ../../nbs/experiments/09_image_odenet.ipynb #1b29abf1
+# %% ../../nbs/experiments/09_image_odenet.ipynb #fe7f737a
 _EXPLICIT = tuple(f"odenet-{name}" for name in ("euler", "midpoint", "fehlberg4", "fehlberg5", "fehlberg45", "dopri5", "tsit5"))
 _IMPLICIT = tuple(f"odenet-implicit_{name}-{root}" for root in ("newton_krylov", "lbfgs") for name in ("euler", "midpoint"))
 
 class Config(Settings):
     "Settings of the images, with a profile for each table."
-    more = ("chen", "solvers", "cifar10", "fashion")
+    more = ("mnist", "chen", "solvers", "cifar10", "fashion")
     smoke = classmethod(lambda cls: cls("digits", ("odenet", "resnet-2"), width=16, epochs=4, batch=32, samples=1024, readings=64))
     full = classmethod(lambda cls: cls())
+    mnist = classmethod(lambda cls: cls(model=("odenet", "resnet-1", "mlp")))
     chen = classmethod(lambda cls: cls(model=("odenet-adams", "odenet-dopri5", "resnet-6"), design="chen", rtol=1e-3, atol=1e-3))
-    solvers = classmethod(lambda cls: cls(model=_EXPLICIT + _IMPLICIT + ("odenet-adams",), epochs=5, samples=12_000))
+    solvers = classmethod(lambda cls: cls(model=_EXPLICIT + _IMPLICIT + ("odenet-adams",), epochs=5, samples=12_000, readings=512))
     cifar10 = classmethod(lambda cls: cls("cifar10", ("odenet", "resnet-6", "resnet-1"), epochs=30))
     fashion = classmethod(lambda cls: cls("fashion_mnist", ("odenet", "resnet-6", "resnet-1", "mlp")))
 
@@ -178,13 +179,12 @@ def _measure(model, train, test, history, config):
                     "s/epoch": seconds, "processor s/epoch": processor, "images/s": history.last["samples"] / seconds,
                     "MiB of a step": _step_memory(model, train, config.batch, "cpu") / 2**20}
 
-# %% ../../nbs/experiments/09_image_odenet.ipynb #9abdf9c0
+# %% ../../nbs/experiments/09_image_odenet.ipynb #71b04074
 def _keep(model, test, config, shown=12):
     "Predictions, mistakes and readings of one trained network."
     said = _predict(model, test)
     confusion = extra("torchmetrics.functional").confusion_matrix(said, test.y, task="multiclass", num_classes=len(test.classes))
-    wrong = torch.nonzero(said != test.y)[:shown, 0]
-    chosen = torch.cat([torch.arange(shown), wrong])
+    chosen = torch.cat([torch.arange(shown), torch.nonzero(said != test.y)[:shown, 0]])
     kept = {"confusion": confusion.tolist(), "predicted": said[chosen].tolist(), "label": test.y[chosen].tolist(),
             "classes": list(test.classes), "shape": list(test.x.shape[1:]), "white": test.white,
             "pixels": base64.b64encode(test.x[chosen].numpy().tobytes()).decode()}
