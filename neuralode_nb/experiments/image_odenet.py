@@ -222,11 +222,11 @@ def run(
         record.figures.update(_figures(record))
     return record
 
-# %% ../../nbs/experiments/09_image_odenet.ipynb #25260f49
+# %% ../../nbs/experiments/09_image_odenet.ipynb #109e5449
 def draw_training(record):
     "Error and cost over the epochs: a line for each seed."
     figure, (left, right) = panel(x="epoch", y=["test error in %", "evaluations per pass"], columns=2, log="y")
-    for k, name in enumerate(record.data):
+    for k, name in enumerate(_kept(record)):
         for i, history in enumerate(h for key, h in record.history.items() if key.startswith(f"{name}, seed")):
             look = dict(color=PALETTE[k % 7], lw=0.9, ls=("-", "--")[k // 7 % 2])
             left.plot(history["epoch"], history["test error %"], label=name if i == 0 else None, **look)
@@ -235,26 +235,26 @@ def draw_training(record):
     left.legend(fontsize="xx-small")
     return figure
 
-def _read(record): return {name: kept for name, kept in record.data.items() if "readings" in kept}
+def _kept(record, what="confusion"): return {n: record.data[n] for n in (r["label"] for r in record.runs) if what in record.data[n]}
 
 def draw_tolerances(record):
     "Figure 3 of Chen et al. (2018) for the first ODE-Net: error and time against evaluations, and the way back."
-    kept = next(iter(_read(record).values()))
+    kept = next(iter(_kept(record, "readings").values()))
     figure, (error, time, back) = panel(x=["NFE forward"] * 3, y=["error of the state", "ms per image", "NFE backward"], columns=3,
-                                        log=True)
+                                        log="y")
     for k, method in enumerate(dict.fromkeys(row["method"] for row in kept["readings"] if row["tolerance"])):
         rows = [row for row in kept["readings"] if row["method"] == method]
         for ax, column in ((error, "state error"), (time, "ms/image")):
             ax.plot([r["NFE"] for r in rows], [r[column] for r in rows], "o-", ms=3, lw=0.9, color=PALETTE[k], label=method)
-    back.plot(*zip(*[(w["forward"], w["backward"]) for w in kept["way back"]]), "o", ms=4, label="adjoint, dopri5")
-    back.axline((10, 10), (100, 100), color="grey", lw=0.6)
-    for ax in (error, back): ax.legend(fontsize="xx-small")
+    forward, backward = ([pair[way] for pair in kept["way back"]] for way in ("forward", "backward"))
+    back.plot(forward, backward, "o", forward, forward, "-", ms=4, lw=0.6)
+    error.legend(fontsize="xx-small")
     return figure
 
-# %% ../../nbs/experiments/09_image_odenet.ipynb #19dbff38
+# %% ../../nbs/experiments/09_image_odenet.ipynb #88c1592d
 def draw_trade(record):
     "Test error against evaluations: each trained network, read with every solver."
-    networks = dict(list(_read(record).items())[:4])
+    networks = dict(list(_kept(record, "readings").items())[:4])
     n = len(networks)
     figure, axes = panel(x="evaluations", y="test error in %", title=list(networks) if n > 1 else next(iter(networks)),
                          columns=min(n, 2), rows=-(-n // 2), log=True)
@@ -268,18 +268,18 @@ def draw_trade(record):
 
 def draw_predictions(record):
     "Images with what the first network says; mistakes in colour."
-    kept = next(iter(record.data.values()))
+    kept = next(iter(_kept(record).values()))
     pixels = torch.frombuffer(bytearray(base64.b64decode(kept["pixels"])), dtype=torch.uint8).view(-1, *kept["shape"])
     pairs = [(kept["classes"][p], kept["classes"][y]) for p, y in zip(kept["predicted"], kept["label"])]
     titles = [p if p == y else f"{p}, is {y}" for p, y in pairs]
     return images(pixels / kept["white"], titles, [p != y for p, y in pairs], columns=6, size=1.1)[0]
 
-# %% ../../nbs/experiments/09_image_odenet.ipynb #f5bc554b
+# %% ../../nbs/experiments/09_image_odenet.ipynb #0bf3525a
 def draw_confusion(record):
     "Which class the first network takes for which: mistakes, counted."
-    kept = next(iter(record.data.values()))
+    name, kept = next(iter(_kept(record).items()))
     counts, n = torch.tensor(kept["confusion"]), len(kept["classes"])
-    figure, ax = panel(x="said", y="is", title=next(iter(record.data)), size=(4., 3.6))
+    figure, ax = panel(x="said", y="is", title=name, size=(4., 3.6))
     wrong = counts - counts.diag().diag()
     ax.imshow(wrong.tolist(), cmap="Oranges", vmin=0, vmax=max(1, wrong.max().item()))
     for i, j in ((i, j) for i in range(n) for j in range(n) if counts[i, j]):
@@ -292,5 +292,5 @@ def draw_confusion(record):
 def _figures(record):
     "Every figure of a record with results."
     draw = {"training": draw_training, "predictions": draw_predictions, "confusion": draw_confusion}
-    if _read(record): draw |= {"tolerances": draw_tolerances, "trade": draw_trade}
+    if _kept(record, "readings"): draw |= {"tolerances": draw_tolerances, "trade": draw_trade}
     return {name: make(record) for name, make in draw.items()} if record.data else {}
