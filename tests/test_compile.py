@@ -260,6 +260,53 @@ def test_what_f_reads_is_looked_at_again():
     close(second, y0 * math.exp(-2), 1e-5)
 
 
+def test_a_program_is_told_by_all_that_its_recipe_says():
+    "Of these torch is told not to ask, so that the recipe itself has to find the program."
+    f, y0 = Field(), start()
+    with torch.no_grad():
+        for options in ({}, {'controller': PID(.6, .4)}, {'controller': PID(safety=.5)}, {'norm': lambda x: x.abs().amax()},
+                        {'norm': lambda x: 3 * x.abs().amax()}, {'jump_t': [.5]}, {'method': 'dopri5'}, {}):
+            a, b = (solve(f, y0, [0., 2.], compile=c, **options) for c in (True, False))
+            assert (a.stats.accepted, a.stats.rejected) == (b.stats.accepted, b.stats.rejected), options
+            close(a.y, b.y)
+        shape = {'a': y0[0], 'b': y0[1]}
+        for one in (shape, (y0[0], y0[1]), {'c': y0[0], 'd': y0[1]}):      # all of the same size
+            g = lambda t, y: {k: -v for k, v in y.items()} if isinstance(y, dict) else tuple(-v for v in y)
+            a, b = (solve(g, one, [0., 1.], compile=c).y for c in (True, False))
+            close(a, b)
+
+
+def test_hooks_set_later_are_seen():
+    f, y0 = nn.Linear(3, 3).double(), start()
+    field, double = lambda t, y: f(y), lambda module, inputs, y: 2 * y
+    def same():
+        with torch.no_grad(): close(*(solve(field, y0, [0., 1.], compile=c).y for c in (True, False)))
+    same()
+    hook = f.register_forward_hook(double)
+    same()
+    hook.remove()
+    same()
+    hook = nn.modules.module.register_module_forward_hook(double)
+    try:
+        with pytest.raises(ValueError, match='hooks of all modules'): solve(field, y0, [0., 1.], compile=True)
+    finally: hook.remove()
+
+
+@pytest.mark.parametrize('batch', ['joint', 'sample'])
+def test_observations_of_many_records(batch, monkeypatch):
+    "Every step of a record, its first and its last time, and times between; a record of eight rows."
+    from neuralode_nb.ode import compiled_gradient
+    monkeypatch.setattr(compiled_gradient, 'room_for', lambda *_: 8)
+    t, found = torch.cat([torch.zeros(1, **D), torch.linspace(.01, 9, 40, **D)]), []
+    for c in (True, False):
+        f, y0 = Field(), start(2).requires_grad_()
+        s = solve(f, y0, t, 'bosh3', batch=batch, compile=c)
+        weights = torch.linspace(1, 2, s.y.numel(), **D).view_as(s.y)
+        found.append((s.y, torch.autograd.grad((s.y * weights).sum(), [y0, *f.parameters()])))
+    close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-8, atol=1e-9)
+
+
 def test_without_a_compiler_there_is_a_message_and_the_same_answer(monkeypatch):
     def none(): raise RuntimeError("no compiler")
     monkeypatch.setattr('torch._inductor.cpp_builder.get_cpp_compiler', none)

@@ -66,16 +66,15 @@ class Settings:
         for name in ("steps", "epochs", "batch", "samples"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
-# %% ../../nbs/experiments/09_image_odenet.ipynb #fe7f737a
+# %% ../../nbs/experiments/09_image_odenet.ipynb #f899e83e
 _EXPLICIT = tuple(f"odenet-{name}" for name in ("euler", "midpoint", "fehlberg4", "fehlberg5", "fehlberg45", "dopri5", "tsit5"))
 _IMPLICIT = tuple(f"odenet-implicit_{name}-{root}" for root in ("newton_krylov", "lbfgs") for name in ("euler", "midpoint"))
 
 class Config(Settings):
     "Settings of the images, with a profile for each table."
-    more = ("mnist", "chen", "solvers", "cifar10", "fashion")
+    more = ("chen", "solvers", "cifar10", "fashion")
     smoke = classmethod(lambda cls: cls("digits", ("odenet", "resnet-2"), width=16, epochs=4, batch=32, samples=1024, readings=64))
     full = classmethod(lambda cls: cls())
-    mnist = classmethod(lambda cls: cls(model=("odenet", "resnet-1", "mlp")))
     chen = classmethod(lambda cls: cls(model=("odenet-adams", "odenet-dopri5", "resnet-6"), design="chen", rtol=1e-3, atol=1e-3))
     solvers = classmethod(lambda cls: cls(model=_EXPLICIT + _IMPLICIT + ("odenet-adams",), epochs=5, samples=12_000, readings=512))
     cifar10 = classmethod(lambda cls: cls("cifar10", ("odenet", "resnet-6", "resnet-1"), epochs=30))

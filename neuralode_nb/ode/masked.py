@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'rms_each', 'field_of', 'combined', 'masked_step', 'land', 'both_ends', 'guess_each', 'Course', 'going_on',
-           'judge_each', 'Record', 'make_record', 'write', 'Now', 'one_attempt']
+           'judge_each', 'Record', 'make_record', 'write', 'Now', 'one_attempt', 'polynomial', 'read_off']
 
 # %% ../../nbs/ode/53_masked.ipynb #73e7bf39
 from typing import Callable, NamedTuple
@@ -16,7 +16,7 @@ from .base import Layout
 from .control import PID, first_lengths, next_stop
 from .sample import next_each, wide
 
-# %% ../../nbs/ode/53_masked.ipynb #3d78393a
+# %% ../../nbs/ode/53_masked.ipynb #6711825c
 class Recipe(NamedTuple):
     "What a program is made for."
     layout:Layout
@@ -27,6 +27,7 @@ class Recipe(NamedTuple):
     last:int                # how many stages are evaluated
     order:int               # one more than that of the error estimate
     fresh:bool              # is the first stage evaluated anew in each step?
+    dense:tuple|None        # of the closed table: b_i(θ) as coefficients of θ, θ², …; None: nothing is read between steps
     controller:PID|None     # None: every step is accepted
     measure:Callable        # (samples, …) -> (samples,)
 
@@ -164,3 +165,26 @@ def one_attempt(recipe:Recipe, course:Course, field:Callable, record:Record|None
     if not recipe.fresh: rest = [*rest, torch.where(some, k[-1], k0)]
     t, y = torch.where(took, until, now.t), torch.where(some, y1, y)
     return Now(now.n + took.any(), now.tried + going, t, h, y, tuple(rest))
+
+# %% ../../nbs/ode/53_masked.ipynb #34f8f002
+def polynomial(coefficients:tuple, theta:Tensor) -> Tensor:
+    "$\\sum_j c_j \\theta^{j+1}$"
+    total = 0.
+    for c in reversed(coefficients): total = (total + c) * theta
+    return total
+
+def read_off(recipe:Recipe, course:Course, record:Record, n:Tensor, times:Tensor, before:Tensor) -> Tensor:
+    "Observations (times, samples, numbers) at times (samples, times): `before`, but for those in the record's first n rows."
+    filled = torch.arange(len(record.starts), device=n.device)[:, None] < n
+    ahead = torch.where(filled, record.ends * course.sign, torch.inf).t().contiguous()
+    step = torch.searchsorted(ahead, times * course.sign[:, None]).minimum((n - 1).clamp(min=0)).t()
+    each, at = torch.arange(len(times), device=n.device), times.t()
+    start, end = record.starts[step, each], record.ends[step, each]
+    y, (span, past) = record.y.flatten(2), ((x - start) * course.sign for x in (end, at))
+    new = y[step + 1, each]
+    if recipe.dense is not None:
+        theta = (past / torch.where(span > 0, span, 1.)).to(y.dtype)[..., None]
+        terms = [(i, polynomial(row, theta)) for i, row in enumerate(recipe.dense[:recipe.last]) if any(row)]
+        total = sum(b * record.k[:, :, i][step, each] for i, b in terms)
+        new = torch.where((at == end)[..., None], new, y[step, each] + (end - start).to(y.dtype)[..., None] * total)
+    return torch.where(((past > 0) & (past <= span))[..., None], new, before)
