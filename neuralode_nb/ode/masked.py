@@ -166,7 +166,7 @@ def one_attempt(recipe:Recipe, course:Course, field:Callable, record:Record|None
     t, y = torch.where(took, until, now.t), torch.where(some, y1, y)
     return Now(now.n + took.any(), now.tried + going, t, h, y, tuple(rest))
 
-# %% ../../nbs/ode/53_masked.ipynb #34f8f002
+# %% ../../nbs/ode/53_masked.ipynb #15dfba44
 def polynomial(coefficients:tuple, theta:Tensor) -> Tensor:
     "$\\sum_j c_j \\theta^{j+1}$"
     total = 0.
@@ -176,7 +176,8 @@ def polynomial(coefficients:tuple, theta:Tensor) -> Tensor:
 def read_off(recipe:Recipe, course:Course, record:Record, n:Tensor, times:Tensor, before:Tensor) -> Tensor:
     "Observations (times, samples, numbers) at times (samples, times): `before`, but for those in the record's first n rows."
     filled = torch.arange(len(record.starts), device=n.device)[:, None] < n
-    ahead = torch.where(filled, record.ends * course.sign, torch.inf).t().contiguous()
+    ahead = torch.where(filled, record.ends * course.sign, torch.inf).t()
+    ahead = torch.cat([ahead, torch.full_like(ahead[:, :1], torch.inf)], 1)     # laid out by rows, which the search wants
     step = torch.searchsorted(ahead, times * course.sign[:, None]).minimum((n - 1).clamp(min=0)).t()
     each, at = torch.arange(len(times), device=n.device), times.t()
     start, end = record.starts[step, each], record.ends[step, each]
