@@ -2,6 +2,7 @@
 
 Most tests trace the loop and run it without a compiler (backend 'eager'): what is tested there is ours. A few compile."""
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -290,6 +291,55 @@ def test_hooks_set_later_are_seen():
     try:
         with pytest.raises(ValueError, match='hooks of all modules'): solve(field, y0, [0., 1.], compile=True)
     finally: hook.remove()
+
+
+def test_hooks_of_any_kind_are_seen():
+    @dataclass
+    class Scale:         # no hash
+        by: float
+        def __call__(self, module, inputs, y): return self.by * y
+    f, y0 = nn.Linear(3, 3).double(), start()
+    field = lambda t, y: f(y)
+    for by in (2., 3.):
+        f.register_forward_hook(Scale(by))
+        with torch.no_grad(): close(*(solve(field, y0, [0., 1.], compile=c).y for c in (True, False)))
+    def slope(compile): return torch.autograd.grad(solve(field, y0, [0., 1.], compile=compile).y.sum(), f.bias)[0]
+    close(slope(True), slope(False))
+    f.register_full_backward_hook(lambda module, inner, outer: tuple(3 * x for x in inner))
+    with pytest.raises(ValueError, match='cannot be compiled'): slope(True)
+
+
+@pytest.mark.filterwarnings('ignore:The .grad attribute')
+def test_what_torch_itself_keeps_is_looked_at():
+    f, y0 = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)).double(), start()
+    def same():
+        with torch.no_grad(): close(*(solve(lambda t, y: f(y), y0, [0., 1.], compile=c).y for c in (True, False)))
+    with nn.utils.parametrize.cached(): same()
+    same()
+
+
+def test_scalar_and_empty_states():
+    found = []
+    for c in (True, False):
+        def f(t, y): return torch.cos(t) * y
+        y0, each = torch.tensor(.5, **D).requires_grad_(), torch.linspace(0, 1, 3, **D).requires_grad_()
+        ys = [solve(f, y0, [0., .3, 1.], compile=c).y,
+              solve(f, each, torch.tensor([[0., .2, 1.], [0., 2., 3.], [1., 0., -1.]], **D), batch='sample', compile=c).y]
+        found.append([*ys, *(torch.autograd.grad(y.square().sum(), x)[0] for y, x in zip(ys, (y0, each)))])
+    for a, b in zip(*found): close(a, b)
+    for shape in [(0, 3), (0,)]:
+        assert solve(lambda t, y: -y, torch.zeros(shape), [0., .5, 1.], compile=True).y.shape == (3, *shape)
+
+
+def test_an_observation_far_outside_of_a_record_has_no_gradient_there():
+    "Powers of a distance in units of a tiny step overflow in float32; 0 times that is nan."
+    def f(t, y): return torch.where(t > 1, -y, y)
+    found = []
+    for c in (True, False):
+        y0 = torch.ones(10_000).requires_grad_()
+        y = solve(f, y0, [0., .5, 1.5, 3.], 'dopri8', rtol=1e-5, atol=1e-6, first_step=1e-13, compile=c).y
+        found.append(torch.autograd.grad(y.mean(), y0)[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize('batch', ['joint', 'sample'])

@@ -100,7 +100,7 @@ def goals_of(y:Tensor, times:list, jump:dict) -> Goals:
     if not inner: return Goals(clock, nothing, nothing)
     return Goals(clock, torch.cat([flat[[at[x] for x in inner]], nothing]), torch.cat([*[jump[x][None] for x in inner], nothing]))
 
-# %% ../../nbs/ode/56_compiled_adjoint.ipynb #3a6edfa7
+# %% ../../nbs/ode/56_compiled_adjoint.ipynb #14ab9314
 def way_back(work:Work, tensors:tuple) -> Callable:
     "What solves the adjoint equation of a solve, by a program."
     inputs, wanted = tuple(laid_out(x.detach()) for x in tensors), tuple(x.requires_grad for x in tensors)
@@ -114,10 +114,10 @@ def way_back(work:Work, tensors:tuple) -> Callable:
         measure = measure_of(job.plan, job.plan.whole[1])
         recipe = recipe_of(plan, None, False)._replace(fresh=True, measure=measure_back(measure, shape, sizes, states_only))
         parts = Backward(work.recipe, work.names, work.rebuilt, len(job.args), wanted, measure)
-        told, z = call(
-            all_the_way_back, (*work.key, recipe._replace(measure=None)), job.run.stats, recipe, parts, work.module, inputs, shape,
+        said, z = call(
+            all_the_way_back, (work.key, recipe._replace(measure=None)), job.run.stats, recipe, parts, work.module, inputs, shape,
             course_of(plan, ends), goals_of(y, times, jump), begin(recipe, plan, ends, z))
-        late, lost, tried, drift, when = told.tolist()
+        late, lost, tried, drift, when = said.tolist()
         if late or lost: return reconstructed(job, f, params, y, jump)
         job.run.stats.backward_f_evals += round(tried) * recipe.last + 2 * (recipe.controller is not None)
         if own.grid is None: warn_of_drift(job, drift, when)
@@ -126,11 +126,11 @@ def way_back(work:Work, tensors:tuple) -> Callable:
         return a, rest
     return back
 
-# %% ../../nbs/ode/56_compiled_adjoint.ipynb #b5a3f779
+# %% ../../nbs/ode/56_compiled_adjoint.ipynb #621d1be6
 def compiled_march(job:Job, times:Tensor, how:str) -> Run|None:
     "Solve a plan by a program; None if it failed, so that the eager loop finds out why. `times`: (samples, times), float64."
     plan = job.plan
-    if not plan.whole or (times[:, 0] == times[:, -1]).all(): return None
+    if not plan.whole or plan.y0.numel() == 0 or (times[:, 0] == times[:, -1]).all(): return None
     if reason := can_compile():
         warnings.warn(f"{reason}; solved without it", stacklevel=2)
         return None

@@ -6,7 +6,7 @@
 __all__ = ['LOOKS', 'readings_back', 'all_steps_back', 'Work', 'Stretch', 'room_for', 'stretches', 'wants', 'parameters_of',
            'looks', 'kind_of', 'look', 'work_of', 'begin', 'between_steps', 'counted', 'first_fixed', 'compiled_run']
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #75f9ade3
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #a1c108b2
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -16,22 +16,21 @@ from torch import Tensor
 from .base import Stats
 from .checkpoint import Job
 from .checks import flat_field
-from .compiled import (
-    all_attempts, as_module, call, course_of, flat_copy, graphs, hooks_of, laid_out, padded, recipe_of)
+from .compiled import all_attempts, as_module, call, course_of, flat_copy, graphs, laid_out, padded, recipe_of
 from .loop import Run
-from .masked import Course, Now, Recipe, Record, both_ends, field_of, make_record, masked_step, read_off
+from .masked import Course, Now, Recipe, Record, both_ends, field_of, in_rows, make_record, masked_step, read_off
 from .parameters import touched
 from .sample import SampleClock, wide
 from .steps import Clock, Plan
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #9e605019
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #81490b38
 def readings_back(recipe:Recipe, course:Course, record:Record, n:Tensor, times:Tensor|None, seen_bar:Tensor|None) -> tuple:
     "Gradients for the record's states and stages, and for what had been seen before, from that of what was seen."
     if times is None: return None, None, None
-    def again(y, k, before): return read_off(recipe, course, record._replace(y=y, k=k), n, times, before)
-    if record.k is None: y_bar, before_bar = torch.func.vjp(lambda y, x: again(y, None, x), record.y, seen_bar)[1](seen_bar)
-    else: y_bar, k_bar, before_bar = torch.func.vjp(again, record.y, record.k, seen_bar)[1](seen_bar)
-    return y_bar, None if record.k is None else k_bar, before_bar
+    def again(before, y, *k): return read_off(recipe, course, record._replace(y=y, k=k[0] if k else None), n, times, before)
+    given = seen_bar, record.y, *([] if record.k is None else [record.k])      # linear in what was seen before: any will do
+    before_bar, y_bar, *k_bar = torch.func.vjp(again, *given)[1](seen_bar)
+    return y_bar, *(k_bar or [None]), before_bar
 
 def all_steps_back(recipe:Recipe, f, names, params, leaves, rebuilt, course:Course, record:Record, n:Tensor, times:Tensor|None,
                    bar:Tensor, seen_bar:Tensor|None) -> tuple:
@@ -48,7 +47,7 @@ def all_steps_back(recipe:Recipe, f, names, params, leaves, rebuilt, course:Cour
             field = field_of(recipe, f, names, params, rebuilt(leaves))
             y1, k = masked_step(recipe, field, *ends, by, y, field(ends[0], y))
             y1 = torch.where(some, y1, y)
-            return y1 if k_bar is None else (y1, torch.stack([x.flatten(1) for x in k], 1))
+            return y1 if k_bar is None else (y1, torch.stack([in_rows(x) for x in k], 1))
         _, back = torch.func.vjp(again, y, params, leaves)
         y_new, *new = back(bar if k_bar is None else (bar, k_bar.index_select(0, at)[0]))
         return i - 1, y_new + read(at), *[a + b for a, b in zip(totals, (*new[0], *new[1]))]
@@ -56,7 +55,7 @@ def all_steps_back(recipe:Recipe, f, names, params, leaves, rebuilt, course:Cour
     _, bar, *totals = while_loop(lambda i, *rest: i > 0, body, begin)
     return bar, before_bar, *totals
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #d3364037
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #44a63f6b
 class Work(NamedTuple):
     "A solve that is compiled."
     job:Job
@@ -66,61 +65,61 @@ class Work(NamedTuple):
     names:tuple             # of its parameters
     rebuilt:Any             # leaves of args -> what f takes after (t, y)
     times:Tensor|None       # of observations, (samples, times), padded; None: only the end is seen
-    key:tuple               # which program: the recipe without its norm, which torch checks, and hooks, which it does not
+    key:Recipe              # which program: the recipe without its norm, which torch looks at
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #0b46047f
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #bac8c108
 class Stretch(torch.autograd.Function):
     "The state at the end and what is seen, as functions of the state at the start, what was seen before, args and parameters."
     @staticmethod
-    def forward(ctx, work:Work, record:Record, n:Tensor, found:tuple, y:Tensor, before:Tensor|None, *tensors:Tensor):
-        ctx.work, ctx.n, ctx.record = work, n, record._replace(y=None)
-        ctx.save_for_backward(record.y, *tensors)
+    def forward(ctx, work:Work, record:Record, n:Tensor, rows:int, found:tuple, y:Tensor, before:Tensor|None, *tensors:Tensor):
+        ctx.work, ctx.n, ctx.rows, ctx.record = work, n, rows, record._replace(y=None, k=None)
+        ctx.save_for_backward(record.y, record.k, *tensors)
         return found
 
     @staticmethod
     def backward(ctx, bar:Tensor, seen_bar:Tensor|None):
         if torch.is_grad_enabled(): raise RuntimeError(
             "compile=True has first derivatives only: for create_graph=True solve without compile")
-        work, tensors = ctx.work, ctx.saved_tensors
-        y, *inputs = (tensors[0].detach(), *(laid_out(x.detach()) for x in tensors[1:]))
+        work, (y, k, *tensors) = ctx.work, ctx.saved_tensors
+        inputs = [laid_out(x.detach()) for x in tensors]
         job, m = work.job, len(work.job.args)
         job.unchanged()
-        job.run.stats.backward_f_evals += int(ctx.n) * work.recipe.last
+        job.run.stats.backward_f_evals += ctx.rows * work.recipe.last
         params = tuple(inputs[m:])
         with torch.autocast(y.device.type, enabled=False):
             bar, before_bar, *rest = call(
-                all_steps_back, work.key, job.run.stats, work.recipe, work.module, work.names,
-                params, tuple(inputs[:m]), work.rebuilt, work.course, ctx.record._replace(y=y), ctx.n, work.times,
+                all_steps_back, (work.key,), job.run.stats, work.recipe, work.module, work.names,
+                params, tuple(inputs[:m]), work.rebuilt, work.course, ctx.record._replace(y=y, k=k), ctx.n, work.times,
                 bar.contiguous(), seen_bar if seen_bar is None else seen_bar.contiguous())
         grads = [*rest[len(params):], *rest[:len(params)]]
-        return None, None, None, None, bar, before_bar, *[g if x.requires_grad else None for g, x in zip(grads, tensors[1:])]
+        return *[None] * 5, bar, before_bar, *[g if x.requires_grad else None for g, x in zip(grads, tensors)]
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #016ee52d
-def room_for(y:Tensor, stages:int, states:bool) -> int:
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #271fd61f
+def room_for(y:Tensor, stages:int, states:bool, times:int) -> int:
     "Rows of a record."
-    if not states: return 1024
-    return min(max(2 ** 19 // max(y.numel() * (stages + 1), 1), 8), 256)
+    return min(max(2 ** 19 // (y.numel() * (stages + 1)), times, 8), 256) if states else 1024
 
 def stretches(work:Work, now:Now, tensors:tuple, stages:int, states:bool) -> tuple:
     "(states at the end and at the times seen, what the host was told of each record) of a whole solve; None if it failed."
     job, m, heard = work.job, len(work.job.args), []
     inputs = [laid_out(x.detach()) for x in tensors]
     leaves, params = tuple(inputs[:m]), tuple(inputs[m:])
-    seen = None if work.times is None else now.y.flatten(1).repeat(work.times.shape[1], 1, 1)
+    several = 0 if work.times is None else work.times.shape[1]
+    seen, room = in_rows(now.y).repeat(several, 1, 1) if several else None, room_for(now.y, stages, states, several)
     while True:
-        record = make_record(now.y, room_for(now.y, stages, states), stages, states)
+        record = make_record(now.y, room, stages, states)
         with torch.no_grad():
             said, after, new = call(
-                all_attempts, (*work.key, states), job.run.stats, work.recipe, work.module, work.names, params,
+                all_attempts, (work.key, states), job.run.stats, work.recipe, work.module, work.names, params,
                 work.rebuilt(leaves), work.course, record, now._replace(y=now.y.detach()), work.times,
                 seen if seen is None else seen.detach())
-        _, late, lost, going = said[:4].tolist()
+        rows, late, lost, going = said[:4].tolist()
         if lost or late and not going: return None
         heard.append(said)
-        new = after.y, new
+        found = after.y, new
         if torch.is_grad_enabled() and wants(now.y, *tensors):
-            new = Stretch.apply(work, record, after.n, new, now.y, seen, *tensors)
-        y, seen = new
+            found = Stretch.apply(work, record, after.n, int(rows), found, now.y, seen, *tensors)
+        y, seen = found
         now = after._replace(n=torch.zeros_like(after.n), y=y)
         if not late: return y, seen, heard
 
@@ -158,7 +157,7 @@ def look(job:Job, module) -> list:
                          f"tensor of shape {tuple(found[0].shape)} that it holds elsewhere: pass it in args, or leave compile out")
     return [ref(x) for x in read]
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #3df3b30e
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #5317cd3f
 def work_of(job:Job, times:Tensor, inner:bool) -> tuple:
     "(what is to be compiled, where it begins, parameters)"
     plan, (field, norm, rebuilt), kind = job.plan, job.plan.whole, kind_of(job.plan)
@@ -166,9 +165,9 @@ def work_of(job:Job, times:Tensor, inner:bool) -> tuple:
     if kind not in known: known[kind] = look(job, module)
     job.frozen = [(x, x._version) for x in (seen() for seen in known[kind]) if x is not None]
     params, recipe = parameters_of(module), recipe_of(plan, norm, inner)
-    seen = padded(times, min(2 ** 16 // max(plan.y0.numel(), 1), 32)) if times.shape[1] > 2 else None
-    work = Work(job, recipe, course_of(plan, times), module, tuple(params), rebuilt, seen,
-                (recipe._replace(measure=None), hooks_of(module)))
+    few = min(2 ** 16 // plan.y0.numel(), 32)      # where it costs little, up to 32 times are one program
+    seen = padded(times, few) if times.shape[1] > 2 else None
+    work = Work(job, recipe, course_of(plan, times), module, tuple(params), rebuilt, seen, recipe._replace(measure=None))
     return work, begin(recipe, plan, times, plan.y0 if plan.each is not None else plan.y0[None]), tuple(params.values())
 
 def begin(recipe:Recipe, plan:Plan, times:Tensor, y:Tensor) -> Now:
@@ -179,7 +178,7 @@ def begin(recipe:Recipe, plan:Plan, times:Tensor, y:Tensor) -> Now:
     return Now(torch.zeros((), dtype=torch.int64, device=y.device), torch.zeros_like(one, dtype=torch.int64),
                flat_copy(times[:, 0]), h, y, state)
 
-# %% ../../nbs/ode/55_compiled_gradient.ipynb #bf4461ee
+# %% ../../nbs/ode/55_compiled_gradient.ipynb #09114ae2
 def between_steps(plan:Plan, times:Tensor) -> bool:
     "Is any observation at a time that no step need land on?"
     if plan.grid == 'times': return False
@@ -189,7 +188,8 @@ def between_steps(plan:Plan, times:Tensor) -> bool:
 
 def counted(stats:Stats, heard:list, recipe:Recipe, each:bool):
     "Fill in what a solve cost."
-    accepted, tried, low, high = torch.stack([said[4:] for said in heard]).view(len(heard), 4, -1).unbind(1)
+    counts = torch.stack([said[4:] for said in heard]).view(len(heard), 4, -1)
+    accepted, tried, low, high = (counts if each else counts.cpu()).unbind(1)
     accepted, tried = accepted.sum(0).long(), tried[-1].long()
     first = len(heard) * (2 if recipe.controller is not None else not recipe.fresh)     # see `prepared`
     evals = tried * (recipe.last - 1 + recipe.fresh) + first * (tried > 0)

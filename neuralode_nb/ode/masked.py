@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'rms_each', 'field_of', 'combined', 'masked_step', 'land', 'both_ends', 'guess_each', 'Course', 'going_on',
-           'judge_each', 'Record', 'make_record', 'write', 'Now', 'one_attempt', 'polynomial', 'read_off']
+           'judge_each', 'Record', 'make_record', 'in_rows', 'write', 'Now', 'one_attempt', 'polynomial', 'read_off']
 
 # %% ../../nbs/ode/53_masked.ipynb #73e7bf39
 from typing import Callable, NamedTuple
@@ -111,7 +111,7 @@ def judge_each(recipe:Recipe, course:Course, y:Tensor, y1:Tensor, error:Tensor, 
     longer = torch.maximum(size * factor, torch.where(cut, h, 0.))
     return took, torch.where(going, longer, h), [torch.where(going, a, b) for a, b in zip(new, state)]
 
-# %% ../../nbs/ode/53_masked.ipynb #daebbad4
+# %% ../../nbs/ode/53_masked.ipynb #b8f366e3
 class Record(NamedTuple):
     "Steps that were taken, a row each."
     starts:Tensor           # (room, samples) float64
@@ -127,6 +127,10 @@ def make_record(y:Tensor, room:int, stages:int, states:bool) -> Record:
                   y.new_empty(room + 1, *y.shape) if states else None,
                   y.new_empty(room, len(y), stages, y[0].numel()) if stages else None)
 
+def in_rows(x:Tensor, axes:int=1) -> Tensor:
+    "The numbers of a state in one axis, after the first ones."
+    return x.reshape(*x.shape[:axes], -1)
+
 def write(record:Record|None, n:Tensor, start:Tensor, end:Tensor, took:Tensor, y:Tensor, k:list):
     "Row n of a record, if there is one."
     if record is None: return
@@ -135,7 +139,7 @@ def write(record:Record|None, n:Tensor, start:Tensor, end:Tensor, took:Tensor, y
     record.ends.index_copy_(0, at, torch.where(took, end, start)[None])
     record.took.index_copy_(0, at, took[None])
     if record.y is not None: record.y.index_copy_(0, at, y[None])
-    if record.k is not None: record.k.index_copy_(0, at, torch.stack([x.flatten(1) for x in k], 1)[None])
+    if record.k is not None: record.k.index_copy_(0, at, torch.stack([in_rows(x) for x in k], 1)[None])
 
 # %% ../../nbs/ode/53_masked.ipynb #9344376f
 class Now(NamedTuple):
@@ -166,7 +170,7 @@ def one_attempt(recipe:Recipe, course:Course, field:Callable, record:Record|None
     t, y = torch.where(took, until, now.t), torch.where(some, y1, y)
     return Now(now.n + took.any(), now.tried + going, t, h, y, tuple(rest))
 
-# %% ../../nbs/ode/53_masked.ipynb #15dfba44
+# %% ../../nbs/ode/53_masked.ipynb #7a37ba4a
 def polynomial(coefficients:tuple, theta:Tensor) -> Tensor:
     "$\\sum_j c_j \\theta^{j+1}$"
     total = 0.
@@ -177,14 +181,14 @@ def read_off(recipe:Recipe, course:Course, record:Record, n:Tensor, times:Tensor
     "Observations (times, samples, numbers) at times (samples, times): `before`, but for those in the record's first n rows."
     filled = torch.arange(len(record.starts), device=n.device)[:, None] < n
     ahead = torch.where(filled, record.ends * course.sign, torch.inf).t()
-    ahead = torch.cat([ahead, torch.full_like(ahead[:, :1], torch.inf)], 1)     # laid out by rows, which the search wants
+    ahead = torch.cat([ahead, torch.full_like(ahead[:, :1], torch.inf)], 1)     # contiguous, where .contiguous() is optimized away
     step = torch.searchsorted(ahead, times * course.sign[:, None]).minimum((n - 1).clamp(min=0)).t()
     each, at = torch.arange(len(times), device=n.device), times.t()
     start, end = record.starts[step, each], record.ends[step, each]
-    y, (span, past) = record.y.flatten(2), ((x - start) * course.sign for x in (end, at))
+    y, (span, past) = in_rows(record.y, 2), ((x - start) * course.sign for x in (end, at))
     new = y[step + 1, each]
     if recipe.dense is not None:
-        theta = (past / torch.where(span > 0, span, 1.)).to(y.dtype)[..., None]
+        theta = (past / torch.where(span > 0, span, 1.)).clamp(0, 1).to(y.dtype)[..., None]     # elsewhere a power may overflow
         terms = [(i, polynomial(row, theta)) for i, row in enumerate(recipe.dense[:recipe.last]) if any(row)]
         total = sum(b * record.k[:, :, i][step, each] for i, b in terms)
         new = torch.where((at == end)[..., None], new, y[step, each] + (end - start).to(y.dtype)[..., None] * total)

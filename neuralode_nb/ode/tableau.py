@@ -131,7 +131,7 @@ def nearest(
     if abs(digits) >= 2**bits: shift, digits = shift - 1, round(x*Fraction(2)**(shift - 1))
     return math.ldexp(digits, -shift)
 
-# %% ../../nbs/ode/02_tableau.ipynb #94a48f9d
+# %% ../../nbs/ode/02_tableau.ipynb #ea9d8265
 class Coefficients(NamedTuple):
     "A closed table as numbers of one dtype on one device."
     nodes: torch.Tensor       # (S,) c
@@ -140,6 +140,8 @@ class Coefficients(NamedTuple):
     dense: torch.Tensor       # (S, P)
     row_terms: tuple          # S tuples of (j, a_ij), zeros left out
     error_terms: tuple|None   # tuple of (j, b_j - b_embedded_j), zeros left out
+    node_numbers: tuple       # c on the host
+    dense_numbers: tuple      # S tuples of P, on the host
 
 def _coefficients(closed, dtype, device):
     "The numbers of `closed`, each rounded once; of a complex dtype, those of its real part."
@@ -152,7 +154,8 @@ def _coefficients(closed, dtype, device):
         return Coefficients(
             nodes=tensor(c), rows=tuple(map(tensor, a)), error=None if b_error is None else tensor(b_error),
             dense=torch.stack([tensor(row) for row in dense]), row_terms=tuple(map(terms, a)),
-            error_terms=None if b_error is None else terms(b_error))
+            error_terms=None if b_error is None else terms(b_error), node_numbers=tuple(nearest(x, fine) for x in c),
+            dense_numbers=tuple(tuple(nearest(x, fine) for x in row) for row in dense))
 
 # %% ../../nbs/ode/02_tableau.ipynb #7d24f9d2
 def _order(self, weights):
