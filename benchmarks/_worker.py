@@ -15,6 +15,8 @@ import numpy as np
 
 from _tasks import tasks
 
+TURN = .05     # seconds, or one call
+
 
 def memory(field):
     "Megabytes of this process: VmRSS, what it has; VmHWM, the most since `reset_peak`. None where Linux does not tell."
@@ -71,22 +73,22 @@ def prepare(make, request):
     first = time.perf_counter() - begun
     for name, value in found.items():
         if not np.isfinite(value).all(): raise ArithmeticError(f"{name} is not finite")
-    return program, {"first": first, "results": {k: digest(v) for k, v in found.items()}, **program.counted(),
-                     "megabytes": most(program.run)}
+    said = {"first": first, "results": {k: digest(v) for k, v in found.items()}, **program.counted(), "megabytes": most(program.run)}
+    return program, said | {"calls": max(1, int(TURN / turn(program, 1)["seconds"]))}
 
 
-def turn(program):
-    "Seconds on the clock and of the processor."
+def turn(program, calls):
+    "Seconds of a call on the clock and of the processor, the mean of several."
     clock, processor = time.perf_counter(), time.process_time()
-    program.run()
-    return {"seconds": time.perf_counter() - clock, "processor": time.process_time() - processor}
+    for _ in range(calls): program.run()
+    return {"seconds": (time.perf_counter() - clock) / calls, "processor": (time.process_time() - processor) / calls}
 
 
 def serve(name, requests, answer):
     try: make, versions, missing = library(name)
     except ImportError as error: return answer({"absent": str(error)})
     answer({"versions": versions})
-    program = None
+    program, calls = None, 1
     for request in map(json.loads, requests):
         try:
             if request["do"] == "prepare":
@@ -94,8 +96,9 @@ def serve(name, requests, answer):
                 gc.enable(), gc.unfreeze(), gc.collect()
                 program, said = prepare(make, request)
                 gc.collect(), gc.freeze(), gc.disable()
+                calls = said["calls"]
                 answer(said)
-            else: answer(turn(program))
+            else: answer(turn(program, calls))
         except missing as error: answer({"missing": str(error)})
         except Exception as error:
             traceback.print_exc()

@@ -4,7 +4,8 @@
 
 Every library has one process and one thread. Before anything is timed, all must agree on the states and gradients to
 the tolerance of the task; a library that does not is not timed, and the command fails in the end. In a round each
-library has one turn, another one first every time. A library stops after --seconds of turns (three turns at least).
+library has one turn, another one first every time: one call, or as many as fit into 50 ms, as a call right after another
+process has run is not the one of a training loop. A library stops after --seconds of turns (three turns at least).
 The floor is the time of as many bare evaluations of the field as ours takes, forward, and backward in training steps.
 
 A library that is missing is left out. `pip install -e ".[bench]"` brings all of them into one environment. One may also live in
