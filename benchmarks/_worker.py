@@ -73,7 +73,8 @@ def prepare(make, request):
     first = time.perf_counter() - begun
     for name, value in found.items():
         if not np.isfinite(value).all(): raise ArithmeticError(f"{name} is not finite")
-    said = {"first": first, "results": {k: digest(v) for k, v in found.items()}, **program.counted(), "megabytes": most(program.run)}
+    said = {"first": first, "results": {k: digest(v) for k, v in found.items()}, **program.counted(),
+            "megabytes": most(program.run)}
     return program, said | {"calls": max(1, int(TURN / turn(program, 1)["seconds"]))}
 
 
