@@ -78,7 +78,7 @@ def backend(graph, inputs):
     if not on_cpu: return compile_fx(graph, inputs)
     return compile_fx(graph, inputs, decompositions=decompositions(), config_patches={'cpp_wrapper': True})
 
-# %% ../../nbs/ode/54_compiled.ipynb #4037665c
+# %% ../../nbs/ode/54_compiled.ipynb #4fc1ff4f
 PROGRAMS = {}
 IN_KEY = re.compile(r"recipe(?!\.measure)")       # the norm is no part of the key: only torch can tell one from another
 CODE = re.compile(r"G\['(__builtins|__import_(torch|neuralode_nb_dot_ode)(_dot_|'))|__import__\('torch'\)")
@@ -93,6 +93,7 @@ def all_checked():
     "A context in which torch notices hooks of modules that are set later, which by default it does not."
     return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
 
+# %% ../../nbs/ode/54_compiled.ipynb #42124039
 @lru_cache
 def can_compile() -> str:
     "Why nothing can be compiled here; empty if it can."
@@ -127,7 +128,7 @@ def call(function:Callable, key:tuple, stats:Stats, *inputs):
     if graphs() != before: stats.compile_seconds += time.perf_counter() - begun
     return result
 
-# %% ../../nbs/ode/54_compiled.ipynb #6486d6b9
+# %% ../../nbs/ode/54_compiled.ipynb #daed7eba
 def prepared(recipe:Recipe, course:Course, field:Callable, now:Now) -> Now:
     "With dy/dt where the loop carries it, and a first length where there is none."
     if recipe.controller is None and recipe.fresh: return now
@@ -146,6 +147,7 @@ def told(recipe:Recipe, course:Course, record:Record, now:Now) -> Tensor:
     sizes = torch.where(took, size, torch.inf).amin(0), torch.where(took, size, 0.).amax(0)
     return torch.cat([x.double().view(-1) for x in (now.n, late, lost, going, took.sum(0), now.tried, *sizes)])
 
+# %% ../../nbs/ode/54_compiled.ipynb #e405723e
 def all_attempts(recipe:Recipe, f, names, params, more, course:Course, record:Record, now:Now, times:Tensor|None,
                  seen:Tensor|None) -> tuple:
     "Attempts until all samples have arrived or are stuck, or the record is full: (`told`, where all are, what was seen)."
