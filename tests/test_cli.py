@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_exactly(toy):
               "sys.modules['neuralode_nb.experiments'] = e = types.ModuleType('neuralode_nb.experiments')\n"
               f"e.__path__ = [{str(toy / 'more')!r}]; cli.base_folder = lambda: Path({str(toy)!r})\n"
               "cli.app(sys.argv[1:])")
-    words = ["run", "toy", "--profile", "full", "--set", "pause=0.2"]
+    words = ["run", "toy", "--profile", "full", "--set", "pause=0.5"]
     with subprocess.Popen([sys.executable, "-c", script, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -140,7 +140,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_exactly(toy):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "To go on: neuralode run toy --profile full --set pause=0.2 --resume" in said and "Traceback" not in said
+    assert "To go on: neuralode run toy --profile full --set pause=0.5 --resume" in said and "Traceback" not in said
     resumed = neuralode(*words, "--resume")
     assert resumed.exit_code == 0 and "epoch 3/5" in resumed.output
     assert "epoch 2/5" not in resumed.output.split("epoch 5/5")[0], "the first seed's two epochs are not repeated"
