@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'REACH', 'OVER', 'UNDER', 'PROGRAMS', 'IN_KEY', 'CODE', 'IDENTITIES', 'is_small', 'product', 'product_added',
-           'tanh', 'horner', 'decompositions', 'backend', 'worth_checking', 'all_checked', 'can_compile', 'program',
-           'graphs', 'call', 'prepared', 'told', 'all_attempts', 'Held', 'modules_of', 'as_module', 'laid_out',
-           'refuse_compiled', 'measure_of', 'recipe_of', 'padded', 'stops_of', 'flat_copy', 'course_of']
+           'tanh', 'decompositions', 'backend', 'worth_checking', 'all_checked', 'can_compile', 'program', 'graphs',
+           'call', 'prepared', 'told', 'all_attempts', 'Held', 'modules_of', 'as_module', 'laid_out', 'refuse_compiled',
+           'measure_of', 'recipe_of', 'padded', 'stops_of', 'flat_copy', 'course_of']
 
-# %% ../../nbs/ode/54_compiled.ipynb #62f211f5
+# %% ../../nbs/ode/54_compiled.ipynb #f1b6af2d
 import inspect
 import math
 import re
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .base import Stats, transformed
 from .batch import each_norm
 from .control import PID
-from .masked import Course, Now, Recipe, Record, field_of, going_on, guess_each, one_attempt, read_off, rms_each
+from .masked import (
+    Course, Now, Recipe, Record, field_of, going_on, guess_each, horner, one_attempt, read_off, rms_each)
 from .parameters import attached
 from .steps import ExplicitStepper, Plan
 
@@ -44,7 +45,7 @@ def product_added(x:Tensor, a:Tensor, b:Tensor, beta=1, alpha=1):
     ab = product(a, b)
     return ab if ab is NotImplemented else x + ab
 
-# %% ../../nbs/ode/54_compiled.ipynb #715c455b
+# %% ../../nbs/ode/54_compiled.ipynb #eafb5de9
 REACH = 8.7      # beyond, tanh is 1 in float32
 OVER = .9999999852249133, .13400569430306225, .0035188651318953648, 2.099578547300539e-05, 1.3900260851888265e-08
 UNDER = 1., .4673388971426188, .025965357126648304, .00033238443299556987, 7.997619622400846e-07
@@ -56,12 +57,6 @@ def tanh(x:Tensor):
     square = x * x
     over, under = (horner(terms, square) for terms in (OVER, UNDER))
     return (x * over / under).clamp(-1, 1)
-
-def horner(terms:tuple, x:Tensor) -> Tensor:
-    "$\\sum_i c_i x^i$"
-    total = terms[-1] * x + terms[-2]
-    for c in reversed(terms[:-2]): total = total * x + c
-    return total
 
 @lru_cache
 def decompositions() -> dict:

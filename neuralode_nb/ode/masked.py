@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'rms_each', 'field_of', 'combined', 'masked_step', 'land', 'both_ends', 'guess_each', 'Course', 'going_on',
-           'judge_each', 'Record', 'make_record', 'in_rows', 'write', 'Now', 'one_attempt', 'polynomial', 'read_off']
+           'judge_each', 'Record', 'make_record', 'in_rows', 'write', 'Now', 'one_attempt', 'horner', 'read_off']
 
 # %% ../../nbs/ode/53_masked.ipynb #73e7bf39
 from typing import Callable, NamedTuple
@@ -16,7 +16,7 @@ from .base import Layout
 from .control import PID, first_lengths, next_stop
 from .sample import next_each, wide
 
-# %% ../../nbs/ode/53_masked.ipynb #6711825c
+# %% ../../nbs/ode/53_masked.ipynb #62263c26
 class Recipe(NamedTuple):
     "What a program is made for."
     layout:Layout
@@ -33,7 +33,7 @@ class Recipe(NamedTuple):
 
 def rms_each(x:Tensor, parts:tuple|None) -> Tensor:
     "Root mean square of each sample; the largest over its parts, of the given sizes."
-    x = x.abs().reshape(len(x), -1)
+    x = in_rows(x.abs())
     if parts is None: return x.square().mean(1).sqrt()
     return torch.stack([part.square().mean(1).sqrt() for part in x.split(parts, 1)]).amax(0)
 
@@ -170,11 +170,11 @@ def one_attempt(recipe:Recipe, course:Course, field:Callable, record:Record|None
     t, y = torch.where(took, until, now.t), torch.where(some, y1, y)
     return Now(now.n + took.any(), now.tried + going, t, h, y, tuple(rest))
 
-# %% ../../nbs/ode/53_masked.ipynb #7a37ba4a
-def polynomial(coefficients:tuple, theta:Tensor) -> Tensor:
-    "$\\sum_j c_j \\theta^{j+1}$"
-    total = 0.
-    for c in reversed(coefficients): total = (total + c) * theta
+# %% ../../nbs/ode/53_masked.ipynb #0da48eb6
+def horner(terms:tuple, x:Tensor) -> Tensor:
+    "$\\sum_i c_i x^i$"
+    total = terms[-1]
+    for c in reversed(terms[:-1]): total = total * x + c
     return total
 
 def read_off(recipe:Recipe, course:Course, record:Record, n:Tensor, times:Tensor, before:Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def read_off(recipe:Recipe, course:Course, record:Record, n:Tensor, times:Tensor
     new = y[step + 1, each]
     if recipe.dense is not None:
         theta = (past / torch.where(span > 0, span, 1.)).clamp(0, 1).to(y.dtype)[..., None]     # elsewhere a power may overflow
-        terms = [(i, polynomial(row, theta)) for i, row in enumerate(recipe.dense[:recipe.last]) if any(row)]
+        terms = [(i, theta * horner(row, theta)) for i, row in enumerate(recipe.dense[:recipe.last]) if any(row)]
         total = sum(b * record.k[:, :, i][step, each] for i, b in terms)
         new = torch.where((at == end)[..., None], new, y[step, each] + (end - start).to(y.dtype)[..., None] * total)
     return torch.where(((past > 0) & (past <= span))[..., None], new, before)
