@@ -4,7 +4,8 @@ from neuralode_nb import show
 LABELS = {"ours": "ours", "compiled": "ours, compiled", "torchdiffeq": "torchdiffeq", "torchode": "torchode",
           "diffrax": "diffrax"}
 COLORS = dict(zip(LABELS, (show.PALETTE[0], show.PALETTE[4], show.PALETTE[1], show.PALETTE[5], show.PALETTE[2])))
-COLUMNS = ["task", "library", "ms", "quartiles", "times ours", "times floor", "f", "backward", "steps", "MB", "first, s"]
+COLUMNS = ["task", "library", "ms", "quartiles", "times ours", "times floor", "f", "backward", "steps", "MB", "first, s",
+           "again, s"]
 
 
 def rows(data):
@@ -17,8 +18,8 @@ def rows(data):
                    found["ratio"]["median"] if found.get("ratio") else None, ms["median"] / floor if floor else None,
                    found["evaluations"], found.get("backward"),
                    "–" if steps is None else f"{steps}+{found['rejected']}" if found.get("rejected") else str(steps),
-                   found["megabytes"], found["first"]]
-        for library, why in task["left out"].items(): yield [name, LABELS.get(library, library), why] + [None] * 8
+                   found["megabytes"], found["first"], found.get("again")]
+        for library, why in task["left out"].items(): yield [name, LABELS.get(library, library), why] + [None] * 9
 
 
 def table(data): return show.table(rows(data), COLUMNS)

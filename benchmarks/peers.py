@@ -48,8 +48,9 @@ SMALL = ("vdp", "mlp_training", "ensemble_training", "conv_euler")       # what 
 NOTES = [
     "One process per library, one thread each, turns in rounds. Milliseconds: median and quartiles; ratio: median of the "
     "rounds' ratios to ours, above one is slower than ours. The same of the processor, which tells the truth on a busy machine.",
-    "first: seconds of the first run, with everything that is compiled, traced or imported then. megabytes: by how much one "
-    "run raises the memory of its process.",
+    "first: seconds of the first run, in which code is traced and compiled; the compiler itself has been loaded before. again: "
+    "of ours, compiled, the same in another process, which finds on disk what the first one made. megabytes: by how much one run "
+    "raises the memory of its process.",
     "evaluations of f: forward; backward: those that only a gradient needs. Steps and evaluations of solves in which each "
     "sample has steps of its own are those of the sample with the most; of loops over samples, the sum. diffrax counts its "
     "steps; its evaluations are counted in a copy of the forward program that calls back, and backward they are not counted.",
@@ -67,13 +68,13 @@ def interpreter(library, given):
 
 
 class Worker:
-    "A library in a process of its own."
-    def __init__(self, library, python):
+    "A library in a process of its own, with torch's compiled code in the folder `cache`."
+    def __init__(self, library, python, cache):
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [python, str(Path(__file__).with_name("_worker.py")), library], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors, env=os.environ | ONE_THREAD, text=True)
-        self.library = library
+            stderr=self.errors, env=os.environ | ONE_THREAD | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}, text=True)
+        self.library, self.python, self.cache = library, python, cache
 
     def answer(self, seconds=900.):
         "The next line it says. Raises RuntimeError if it does not, with the end of what it wrote to stderr."
@@ -98,9 +99,9 @@ class Worker:
             with suppress(OSError): file.close()
 
 
-def start(libraries, given):
+def start(libraries, given, cache):
     "library -> Worker, and versions; those that are missing are named."
-    started, workers, versions = {k: Worker(k, interpreter(k, given)) for k in libraries}, {}, {}
+    started, workers, versions = {k: Worker(k, interpreter(k, given), cache) for k in libraries}, {}, {}
     for library, worker in started.items():
         said = worker.answer()
         if "absent" in said:
@@ -146,6 +147,13 @@ def prepare(name, task, workers):
     return found, left, failures
 
 
+def again(name, worker):
+    "Seconds of the first run in another process that has the same caches."
+    twin = Worker(worker.library, worker.python, worker.cache)
+    try: return twin.answer() and twin.ask("prepare", task=name, small=SMOKE).get("first")
+    finally: twin.close()
+
+
 def take_turns(workers, names, rounds, seconds):
     "library -> seconds of its turns on the clock, and the same of the processor."
     clock, processor = {name: [] for name in names}, {name: [] for name in names}
@@ -164,6 +172,7 @@ def measure(name, task, workers, settings):
     found, left, failures = prepare(name, task, workers)
     if not found: return None, failures
     clock, processor = take_turns(workers, list(found), settings["rounds"], settings["seconds"])
+    if "compiled" in found: found["compiled"]["again"] = again(name, workers["compiled"])
     for library, row in found.items():
         row["milliseconds"], row["turns"] = spread(clock[library]), len(clock[library])
         row["processor"] = sum(processor[library]) / sum(clock[library])
@@ -214,7 +223,8 @@ def main():
     command = "python benchmarks/peers.py" + " --smoke" * SMOKE + f" --rounds {options.rounds} --seconds {options.seconds:g}"
     command = " ".join([command, *(options.tasks if profile == "custom" else ()), *(f"--python {k}=..." for k in options.python)])
     wanted, begun = [k for k in options.tasks or (SMALL if SMOKE else known) if k not in data], time.perf_counter()
-    workers, versions = start(options.libraries, options.python)
+    cache = tempfile.TemporaryDirectory()
+    workers, versions = start(options.libraries, options.python, cache.name)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
         for name in wanted:
@@ -227,6 +237,7 @@ def main():
                  seconds=time.perf_counter() - begun, failures=failures, figures={"times": figure(data)})
     finally:
         for worker in workers.values(): worker.close()
+        cache.cleanup()
     busy = [k for k, v in data.items() if any(row["processor"] < .85 for row in v["libraries"].values())]
     if busy: print(f"The machine was not quiet in {', '.join(busy)}: a process had less than 85 % of a processor.")
     if failures: raise SystemExit(f"{len(failures)} failed: " + "; ".join(f"{f['label']}, {f['error']}" for f in failures))

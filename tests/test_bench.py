@@ -63,11 +63,11 @@ def test_what_is_missing_is_said(tmp_path, capsys):
     script = tmp_path / "python"        # an interpreter in which the library is not installed
     script.write_text("#!/bin/sh\necho '{\"absent\": \"no module diffrax\"}'\n")
     script.chmod(0o755)
-    assert start(["diffrax"], {"diffrax": str(script)}) == ({}, {})
+    assert start(["diffrax"], {"diffrax": str(script)}, tmp_path / "cache") == ({}, {})
     assert "diffrax is left out (no module diffrax): pip install diffrax, or see the head" in capsys.readouterr().out
     script.write_text("#!/bin/sh\necho no such library >&2\n")
     with pytest.raises(RuntimeError, match="(?s)diffrax did not answer.*no such library"):
-        start(["diffrax"], {"diffrax": str(script)})
+        start(["diffrax"], {"diffrax": str(script)}, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("words, message", [

@@ -2,6 +2,10 @@
 
 Most tests trace the loop and run it without a compiler (backend 'eager'): what is tested there is ours. A few compile."""
 import math
+import pickle
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -485,3 +489,37 @@ def test_compiled_by_the_real_compiler(how, batch):
     assert a.stats.compile_seconds > 0
     again = solve(field, y0 + 1, t * 2, 'bosh3', batch=batch, gradient=how, compile=True)
     assert again.stats.compile_seconds == 0
+
+
+SECOND_PROCESS = """
+import sys, torch
+from neuralode_nb import solve
+torch.set_num_threads(1)
+for rate in map(float, sys.argv[1:]):
+    def f(t, y, rate=rate): return rate * y
+    y0, t = torch.ones(2), torch.tensor([0., 1.])
+    y, exact = (solve(f, y0, t, 'euler', step_size=.25, compile=c).y[-1] for c in (True, False))
+    found = torch._dynamo.utils.counters['aot_autograd']
+    print(rate, found['autograd_cache_hit'], torch.allclose(y, exact))
+"""
+
+
+@pytest.mark.real
+def test_another_process_finds_what_was_compiled_and_nothing_else():
+    "Two fields differ only inside the loop: an entry of one must not be taken for the other."
+    one, other = -1 - time.time_ns() % 10**6 / 1e7, -2.        # a number that no earlier run has left on disk
+    def run(*rates):
+        done = subprocess.run([sys.executable, '-c', SECOND_PROCESS, *map(str, rates)], capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        return [line.split() for line in done.stdout.splitlines()]
+    assert run(one) == [[str(one), '0', 'True']]
+    assert run(one, one + other) == [[str(one), '1', 'True'], [str(one + other), '1', 'True']]
+
+
+def test_what_is_written_out_has_a_place_in_the_keys_on_disk(monkeypatch):
+    before = compiled.fingerprint()
+    assert pickle.dumps(compiled.decompositions()) == pickle.dumps(compiled.WrittenOut())
+    monkeypatch.setattr(compiled, 'SMALL', 1)
+    compiled.fingerprint.cache_clear()
+    assert compiled.fingerprint() != before
+    compiled.fingerprint.cache_clear()

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from neuralode_nb import PID, SolveError, Status, Tableau, odeint, odeint_dense, solve
@@ -459,3 +460,31 @@ def test_throw_false_keeps_what_was_reached_and_says_why_it_stopped():
     assert abs(solution.failure.time - 1) < 1e-3
     with pytest.raises(SolveError) as error: solve(lambda t, y: y * y, torch.ones(1, dtype=torch.float64), t)
     assert torch.equal(error.value.solution.y, solution.y)
+
+
+class HostReads(TorchDispatchMode):
+    "Counts what makes a host wait for its accelerator: numbers read from tensors, results whose shape depends on numbers."
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+@pytest.mark.parametrize("method", EXPLICIT)
+def test_the_host_waits_once_in_an_adaptive_step_and_never_in_a_fixed_one(method, gradient):
+    adaptive = method in ADAPTIVE
+    w = (torch.tensor([[0., 1., -1.], [-1., 0., 1.], [1., -1., 0.]]) * 2).requires_grad_()
+    def reads(end):
+        options = {} if adaptive else {"step_size": .1}
+        with HostReads() as found:
+            s = solve(lambda t, y: torch.tanh(y @ w), start(4, 3).float(), [0., end], method, gradient=gradient, **options)
+            forward = found.count
+            s.y[-1].sum().backward()
+        return forward, found.count - forward, s.stats.accepted + s.stats.rejected
+    (few, few_back, short), (many, many_back, long) = reads(1.), reads(4.)
+    assert long > short + 3
+    assert many - few == (long - short if adaptive else 0)
+    if not adaptive or gradient != "adjoint": assert many_back == few_back

@@ -66,7 +66,7 @@ class Settings:
         for name in ("steps", "epochs", "batch", "samples"):
             if getattr(self, name) < 1: raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
-# %% ../../nbs/experiments/09_image_odenet.ipynb #f899e83e
+# %% ../../nbs/experiments/09_image_odenet.ipynb #087f099a
 _EXPLICIT = tuple(f"odenet-{name}" for name in ("euler", "midpoint", "fehlberg4", "fehlberg5", "fehlberg45", "dopri5", "tsit5"))
 _IMPLICIT = tuple(f"odenet-implicit_{name}-{root}" for root in ("newton_krylov", "lbfgs") for name in ("euler", "midpoint"))
 
@@ -76,8 +76,8 @@ class Config(Settings):
     smoke = classmethod(lambda cls: cls("digits", ("odenet", "resnet-2"), width=16, epochs=4, batch=32, samples=1024, readings=64))
     full = classmethod(lambda cls: cls())
     chen = classmethod(lambda cls: cls(model=("odenet-adams", "odenet-dopri5", "resnet-6"), design="chen", rtol=1e-3, atol=1e-3))
-    solvers = classmethod(lambda cls: cls(model=_EXPLICIT + _IMPLICIT + ("odenet-adams",), epochs=5, samples=12_000, readings=512))
-    cifar10 = classmethod(lambda cls: cls("cifar10", ("odenet", "resnet-6", "resnet-1"), epochs=30))
+    solvers = classmethod(lambda cls: cls(model=_EXPLICIT + _IMPLICIT + ("odenet-adams",), epochs=4, samples=6_000, readings=256))
+    cifar10 = classmethod(lambda cls: cls("cifar10", ("odenet", "resnet-1"), epochs=30))
     fashion = classmethod(lambda cls: cls("fashion_mnist", ("odenet", "resnet-6", "resnet-1", "mlp")))
 
 _DISTORTIONS = {"digits": Distort(1, 10.), "mnist": Distort(2, 10.), "fashion_mnist": Distort(2, flip=True),

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'REACH', 'OVER', 'UNDER', 'PROGRAMS', 'IN_KEY', 'CODE', 'IDENTITIES', 'is_small', 'product', 'product_added',
-           'tanh', 'decompositions', 'backend', 'worth_checking', 'all_checked', 'can_compile', 'program', 'graphs',
-           'call', 'prepared', 'told', 'all_attempts', 'Held', 'modules_of', 'as_module', 'laid_out', 'refuse_compiled',
-           'measure_of', 'recipe_of', 'padded', 'stops_of', 'flat_copy', 'course_of']
+           'tanh', 'fingerprint', 'WrittenOut', 'decompositions', 'backend', 'worth_checking', 'all_checked',
+           'can_compile', 'program', 'graphs', 'call', 'prepared', 'told', 'all_attempts', 'Held', 'modules_of',
+           'as_module', 'laid_out', 'refuse_compiled', 'measure_of', 'recipe_of', 'padded', 'stops_of', 'flat_copy',
+           'course_of']
 
-# %% ../../nbs/ode/54_compiled.ipynb #f1b6af2d
+# %% ../../nbs/ode/54_compiled.ipynb #cc75ef5a
+import hashlib
 import inspect
 import math
 import re
@@ -45,7 +47,7 @@ def product_added(x:Tensor, a:Tensor, b:Tensor, beta=1, alpha=1):
     ab = product(a, b)
     return ab if ab is NotImplemented else x + ab
 
-# %% ../../nbs/ode/54_compiled.ipynb #eafb5de9
+# %% ../../nbs/ode/54_compiled.ipynb #f499d7d3
 REACH = 8.7      # beyond, tanh is 1 in float32
 OVER = .9999999852249133, .13400569430306225, .0035188651318953648, 2.099578547300539e-05, 1.3900260851888265e-08
 UNDER = 1., .4673388971426188, .025965357126648304, .00033238443299556987, 7.997619622400846e-07
@@ -58,20 +60,32 @@ def tanh(x:Tensor):
     over, under = (horner(terms, square) for terms in (OVER, UNDER))
     return (x * over / under).clamp(-1, 1)
 
+# %% ../../nbs/ode/54_compiled.ipynb #09ad6eed
 @lru_cache
-def decompositions() -> dict:
-    "What the compiler writes out."
+def fingerprint() -> str:
+    "What stands for the code above in the keys of torch's caches on disk."
+    code = [inspect.getsource(function) for function in (is_small, product, product_added, horner, tanh)]
+    return hashlib.sha256('\n'.join([*code, repr((SMALL, REACH, OVER, UNDER))]).encode()).hexdigest()
+
+class WrittenOut(dict):
+    "What the compiler writes out: operator -> function. Its form on disk is the fingerprint alone."
+    def __reduce__(self): return str, (fingerprint(),)
+
+@lru_cache
+def decompositions() -> WrittenOut:
+    "Torch's own, and ours before them."
     from torch._inductor.decomposition import select_decomp_table
     aten = torch.ops.aten
     own = {aten.mm: product, aten.bmm: product, aten.addmm: product_added, aten.baddbmm: product_added, aten.tanh: tanh}
-    return {**select_decomp_table(), **{op.default: function for op, function in own.items()}}
+    return WrittenOut(select_decomp_table() | {op.default: function for op, function in own.items()})
 
 def backend(graph, inputs):
     "The compiler: torch's own, with small products written out, and the loop itself in C++ on a CPU."
     from torch._inductor.compile_fx import compile_fx
+    kept = {'unsafe_marked_cacheable_functions': {'torch.ops.higher_order.while_loop': fingerprint()}}
     on_cpu = not any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
-    if not on_cpu: return compile_fx(graph, inputs)
-    return compile_fx(graph, inputs, decompositions=decompositions(), config_patches={'cpp_wrapper': True})
+    if not on_cpu: return compile_fx(graph, inputs, config_patches=kept)
+    return compile_fx(graph, inputs, decompositions=decompositions(), config_patches=kept | {'cpp_wrapper': True})
 
 # %% ../../nbs/ode/54_compiled.ipynb #4fc1ff4f
 PROGRAMS = {}
@@ -224,7 +238,7 @@ def recipe_of(plan:Plan, norm, inner:bool) -> Recipe:
                   c.dense_numbers if inner else None, plan.controller if adaptive else None,
                   measure_of(plan, norm))
 
-# %% ../../nbs/ode/54_compiled.ipynb #0e04c952
+# %% ../../nbs/ode/54_compiled.ipynb #29a427af
 def padded(times:Tensor, least:int=1) -> Tensor:
     "Times (samples, times), the last one repeated up to a power of two (above 64, a quarter of one): few shapes, few programs."
     n = max(times.shape[1], least)
@@ -246,10 +260,10 @@ def flat_copy(x:Tensor) -> Tensor:
 
 def course_of(plan:Plan, times:Tensor) -> Course:
     "Where a plan goes; `times` (samples, times) float64."
-    real = lambda x: torch.tensor(x, dtype=torch.float64, device=times.device)
+    real = lambda *x: torch.tensor(x, dtype=torch.float64, device=times.device)   # torch takes a single number out of its tensor
     def tolerance(x):
         x = torch.as_tensor(x, dtype=plan.y0.dtype, device=times.device)
         return x if x.ndim == 0 or plan.each is not None else x[None]
-    jumps = real(plan.jump_t) if plan.jump_t else None
+    jumps = real(*plan.jump_t) if plan.jump_t else None
     return Course(stops_of(plan, times), flat_copy(times[:, -1]), (times[:, -1] - times[:, 0]).sign(), jumps, tolerance(plan.rtol),
                   tolerance(plan.atol), real(plan.max_step), real(plan.min_step), torch.tensor(plan.max_steps, device=times.device))

@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'rms_each', 'field_of', 'combined', 'masked_step', 'land', 'both_ends', 'guess_each', 'Course', 'going_on',
            'judge_each', 'Record', 'make_record', 'in_rows', 'write', 'Now', 'one_attempt', 'horner', 'read_off']
 
-# %% ../../nbs/ode/53_masked.ipynb #73e7bf39
+# %% ../../nbs/ode/53_masked.ipynb #bdac65b9
 from typing import Callable, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .base import Layout
 from .control import PID, first_lengths, next_stop
-from .sample import next_each, wide
+from .sample import next_each, next_size, wide
 
 # %% ../../nbs/ode/53_masked.ipynb #62263c26
 class Recipe(NamedTuple):
@@ -84,7 +84,7 @@ def guess_each(recipe:Recipe, field:Callable, now:Tensor, y:Tensor, k:Tensor, si
     def ahead(h): return field((now + sign * h).to(y.dtype), y + wide((sign * h).to(y.dtype), y) * k)
     return first_lengths(ahead, y, k, atol + rtol * y.abs(), recipe.measure, span, recipe.order - 1)
 
-# %% ../../nbs/ode/53_masked.ipynb #ad774738
+# %% ../../nbs/ode/53_masked.ipynb #a5bdd7d0
 class Course(NamedTuple):
     "Where a solve goes and how exactly."
     stops:Tensor            # (samples, stops) float64: times to land on
@@ -93,7 +93,7 @@ class Course(NamedTuple):
     jumps:Tensor|None       # (jumps,)
     rtol:Tensor
     atol:Tensor
-    longest:Tensor          # float64: longest and shortest step
+    longest:Tensor          # (1,) float64: longest and shortest step
     shortest:Tensor
     limit:Tensor            # int64: attempts of one sample
 
@@ -107,9 +107,8 @@ def judge_each(recipe:Recipe, course:Course, y:Tensor, y1:Tensor, error:Tensor, 
     allowed = course.atol + course.rtol * torch.maximum(y.abs(), y1.abs())
     good, factor, new = next_each(recipe.controller, state, recipe.measure(error / allowed).double(), recipe.order)
     took = good & going
-    cut = took & (factor >= 1) & (size < h)
-    longer = torch.maximum(size * factor, torch.where(cut, h, 0.))
-    return took, torch.where(going, longer, h), [torch.where(going, a, b) for a, b in zip(new, state)]
+    state = [torch.where(going, a, b) for a, b in zip(new, state)]
+    return took, next_size(factor, good, size, h, going), state
 
 # %% ../../nbs/ode/53_masked.ipynb #b8f366e3
 class Record(NamedTuple):
