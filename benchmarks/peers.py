@@ -16,7 +16,8 @@ NEURALODE_BENCH_DIFFRAX_PYTHON:
     python benchmarks/peers.py --python diffrax=jax/bin/python
 
 The record results/peers/full.json is written after each task. --resume goes on: tasks that are there stay, and tasks
-that are named are measured again. Without --resume, tasks that are named make the record custom.json.
+that are named are measured again, in the place of what was there. Without --resume, tasks that are named make the record
+custom.json.
 """
 import argparse
 import json
@@ -205,14 +206,13 @@ def parsed():
 
 
 def earlier(options, profile, settings):
-    "What a record of the same settings has, but for the tasks that are to be measured again. Raises ValueError for others."
+    "What a record of the same settings has. Raises ValueError if other settings would stand beside these."
     try: record = load_record("peers", profile)
     except FileNotFoundError: return {}, [], {}
-    kept = {k: v for k, v in record.data.items() if k not in options.tasks}
-    if other := [v["settings"] for v in kept.values() if v["settings"] != settings]:
+    if other := [v["settings"] for k, v in record.data.items() if k not in options.tasks and v["settings"] != settings]:
         raise ValueError(f"--resume: the record was measured with {other[0]}, not {settings}, and would be lost: give the same "
                          "--rounds and --seconds, or leave --resume out to begin anew")
-    return kept, [f for f in record.failures if f["label"] in kept], record.versions
+    return record.data, record.failures, record.versions
 
 
 def main():
@@ -222,19 +222,19 @@ def main():
     data, failures, old = earlier(options, profile, settings) if options.resume else ({}, [], {})
     command = "python benchmarks/peers.py" + " --smoke" * SMOKE + f" --rounds {options.rounds} --seconds {options.seconds:g}"
     command = " ".join([command, *(options.tasks if profile == "custom" else ()), *(f"--python {k}=..." for k in options.python)])
-    wanted, begun = [k for k in options.tasks or (SMALL if SMOKE else known) if k not in data], time.perf_counter()
+    wanted, begun = options.tasks or [k for k in (SMALL if SMOKE else known) if k not in data], time.perf_counter()
     cache = tempfile.TemporaryDirectory()
     workers, versions = start(options.libraries, options.python, cache.name)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     try:
         for name in wanted:
             row, failed = measure(name, known[name], workers, settings)
-            failures += failed
-            if row is None: continue
+            failures = [f for f in failures if f["label"] != name] + failed
             data = {k: v for k in known for v in [row if k == name else data.get(k)] if v}      # in their order
-            print(f"\n{known[name].about}\n{table({name: row})}", flush=True)
-            save("peers", settings, data, NOTES, old | versions, show.save, profile=profile, command=command, started=started,
-                 seconds=time.perf_counter() - begun, failures=failures, figures={"times": figure(data)})
+            if row: print(f"\n{known[name].about}\n{table({name: row})}", flush=True)
+            if data: save("peers", settings, data, NOTES, old | versions, show.save, profile=profile, command=command,
+                          started=started, seconds=time.perf_counter() - begun, failures=failures,
+                          figures={"times": figure(data)})
     finally:
         for worker in workers.values(): worker.close()
         cache.cleanup()

@@ -25,9 +25,10 @@ PARTS = {  # part -> (module, function), in the order of the figure; no function
     "error norm and host read": {
         ("explicit", "error"), ("steps", "judge"), ("steps", "allow"), ("base", "rms_norm"), ("base", "max_norm"), ("base", "host"),
         ("batch", "<lambda>"), ("sample", "judge")},
-    "controller": {("control", None), ("sample", "by_rule"), ("sample", "next_each")},
+    "controller": {("control", None)},
     "output": {("dense", None), ("loop", "take"), ("loop", "flush"), ("loop", "finish"), ("loop", "read_off"), ("loop", "at_end"),
-               ("sample", "take"), ("sample", "store"), ("sample", "read_off"), ("sample", "polynomial")},
+               ("sample", "take"), ("sample", "passed"), ("sample", "store"), ("sample", "wait"), ("sample", "flush"),
+               ("sample", "observed"), ("sample", "polynomial")},
     "Jacobians and linear solves": {(name, None) for name in ("linearize", "rosenbrock", "implicit", "root_finders", "roots",
                                                               "stage_roots", "rosenbrock_methods")},
     "loop and bookkeeping": set(),

@@ -87,6 +87,30 @@ def test_times_padded_repeated_unsorted_and_in_both_directions(method):
             assert torch.equal(found.y[~row.isnan(), i], alone)
 
 
+@pytest.mark.parametrize("gradient", ["checkpoint", "direct"])
+def test_observations_are_the_same_read_off_at_once_or_later(gradient, monkeypatch):
+    mu, t = MU.clone().requires_grad_(), torch.linspace(0, 2, 40, dtype=D)
+    def found():
+        y = samples(oscillator(mu), STARTS, t, rtol=1e-4, gradient=gradient).y
+        return y.detach(), *torch.autograd.grad((y*torch.cos(t)[:, None, None]).sum(), mu)
+    later = found()
+    monkeypatch.setattr("neuralode_nb.ode.sample.ROOM", 0)       # nothing may wait
+    for a, b in zip(found(), later): torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("waiting, seen", [([0., 2.], 0), (torch.linspace(0, 2, 40, dtype=D), 1)])
+def test_a_step_without_observations_keeps_nothing(waiting, seen, monkeypatch):
+    from neuralode_nb.ode.sample import SampleOutput
+    count, wait = [0], SampleOutput.wait
+    def counted(self, *words):
+        count[0] += 1
+        return wait(self, *words)
+    monkeypatch.setattr(SampleOutput, "wait", counted)
+    with torch.no_grad(): s = samples(oscillator(MU), STARTS, waiting, rtol=1e-4)
+    assert count[0] > 5 if seen else count[0] == 0
+    assert s.y.isfinite().all() and s.stats.accepted.max() > 5
+
+
 def test_one_row_of_times_serves_all_samples():
     t = torch.tensor([0., 1., .5], dtype=D)
     with torch.no_grad():

@@ -68,9 +68,9 @@ def each_norm(norm, layout:Layout):
     if norm is not None:
         return lambda x: torch.stack([torch.as_tensor(norm(one_sample(layout, x, i))).to(layout.time) for i in range(len(x))])
     sizes = [s[1:].numel() for s in layout.shapes if s[1:].numel()]
-    rms = lambda x: x.square().mean(1).sqrt()
-    if len(sizes) < 2: return lambda x: rms(x.abs().reshape(len(x), -1)) if sizes else x.abs().new_zeros(len(x))
-    return lambda x: torch.stack([rms(part) for part in x.abs().split(sizes, 1)]).amax(0)
+    real, rms = lambda x: x.abs() if x.is_complex() else x, lambda x: x.square().mean(1).sqrt()
+    if len(sizes) < 2: return lambda x: rms(real(x).reshape(len(x), -1)) if sizes else x.abs().new_zeros(len(x))
+    return lambda x: torch.stack([rms(part) for part in real(x).split(sizes, 1)]).amax(0)
 
 def one_sample(layout:Layout, x:Tensor, i:int):
     "Sample i of a flat state, structured."
@@ -146,9 +146,7 @@ def all_steps(job:Job, t:Tensor|None) -> tuple:
     tracer, y = Retrace(job.plan, t, job.args, Stats()), job.plan.y0
     shift = tracer.shift
     for kept, which in tracer.steps(job.run.steps): y, shift = tracer.step(kept, which, y, shift)
-    where = tuple(torch.cat(parts) for parts in zip(*tracer.output.at))
-    seen = y.expand(job.plan.each.shape[1], *y.shape).index_put(where, torch.cat(tracer.output.pieces))
-    return seen, *gathered(tracer.found, y), (tracer.stepper.dense, tracer.output.kept)
+    return tracer.output.observed(y), *gathered(tracer.found, y), (tracer.stepper.dense, tracer.output.kept)
 
 def gathered(found:list, y:Tensor) -> list:
     "Times and states of all events, one after the other."
@@ -189,6 +187,7 @@ def pull_step(tracer:Retrace, known:Known, kept:tuple, which:Tensor|None, g:Tens
         y, shift = kept[2].detach().requires_grad_(), tracer.shift
         if shift is not None: shift = torch.zeros_like(shift).requires_grad_()
         ends = tracer.step(kept, which, y, shift)
+        tracer.output.flush()
     known.check(ends[0])
     outputs = [*ends, *tracer.output.pieces, *(x for found in tracer.found for x in found)]
     cotangents = [*bars, *[g[at] for at in tracer.output.at]]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .base import Layout
-from .control import PID, first_lengths, next_stop
-from .sample import next_each, next_size, wide
+from .control import PID, first_lengths, next_each, next_size, next_stop
+from .sample import wide
 
 # %% ../../nbs/ode/53_masked.ipynb #62263c26
 class Recipe(NamedTuple):
