@@ -80,6 +80,21 @@ def test_f_sees_the_state_in_its_own_dtype_and_time_in_the_solvers_precision(dty
     assert seen == {(real, 0, dtype, (2,))} and y.dtype == dtype
 
 
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "adjoint"])
+@pytest.mark.parametrize("batch", ["joint", "sample"])
+def test_a_state_may_lie_in_any_order_in_memory(batch, gradient):
+    if (batch, gradient) == ("sample", "adjoint"): pytest.skip("samples have no adjoint equation")
+    torch.manual_seed(0)
+    conv, t = torch.nn.Conv2d(3, 3, 3, padding=1).double(), torch.linspace(0, 8, 9, dtype=torch.float64)
+    def found(layout):
+        y0 = torch.ones(2, 3, 4, 5, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+        s = solve(lambda t, y: conv(y).tanh() - y, y0, t, "dopri5", gradient=gradient, batch=batch)
+        assert s.stats.accepted.max() > 10 if batch == "sample" else s.stats.accepted > 10
+        return s.y.detach(), *torch.autograd.grad((s.y * torch.cos(s.y)).sum(), [y0, *conv.parameters()])
+    for a, b in zip(found(torch.channels_last), found(torch.contiguous_format)):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
 def test_the_default_dtype_plays_no_part(method, default):

@@ -103,7 +103,7 @@ class StageList:
 
     def stacked(self) -> Tensor:
         "All $k_i$ (to be multiplied by `h`), shape (stages, numbers in the state)."
-        return torch.stack(self.k).view(len(self.k), -1)
+        return torch.stack(self.k).flatten(1)
 
 # %% ../../nbs/ode/05_explicit.ipynb #38678dc8
 def explicit_step(
