@@ -30,6 +30,7 @@ from typer import Argument, Option
 import neuralode_nb
 from . import show
 from .lab.settings import command, configure, essential, nearest, profiles
+from .lab.threads import keep_memory
 
 # %% ../nbs/cli.ipynb #25b9a858
 def experiments()->list: # names
@@ -103,6 +104,7 @@ def execute(name, config, device=None, resume=False, results=None, progress=True
     folder = checkpoint_folder(name, config)
     if resume and not any(folder.glob("*")): console.print(f"There is nothing to go on from: {name} begins anew.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    keep_memory()
     try: record = experiment(name).run(config, device=device, checkpoint=folder, resume=resume, progress=progress)
     except KeyboardInterrupt:
         errors.print(f"\nStopped; the last whole epoch is kept. To go on: {command(name, config)} --resume")

@@ -7,7 +7,6 @@ __all__ = ['Settings', 'Config', 'run', 'draw_training', 'draw_tolerances', 'dra
 
 # %% ../../nbs/experiments/09_image_odenet.ipynb #bdb1f0d7
 import base64
-import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,15 +68,14 @@ class Settings:
 # %% ../../nbs/experiments/09_image_odenet.ipynb #087f099a
 _EXPLICIT = tuple(f"odenet-{name}" for name in ("euler", "midpoint", "fehlberg4", "fehlberg5", "fehlberg45", "dopri5", "tsit5"))
 def _implicit(root): return tuple(f"odenet-implicit_{name}-{root}" for name in ("euler", "midpoint"))
-_LESS = dict(epochs=4, samples=6_000, readings=256)      # where there are many rows, or slow ones
+_LESS, _FINE = dict(epochs=4, samples=6_000, readings=256), dict(rtol=1e-3, atol=1e-3)      # less: of many rows, or slow ones
 
 class Config(Settings):
     "Settings of the images, with a profile for each table."
     more = ("chen", "solvers", "lbfgs", "cifar10", "fashion")
     smoke = classmethod(lambda cls: cls("digits", ("odenet", "resnet-2"), width=16, epochs=4, batch=32, samples=1024, readings=64))
     full = classmethod(lambda cls: cls())
-    chen = classmethod(lambda cls: cls(model=("odenet-adams", "odenet-dopri5", "resnet-6"), design="chen", rtol=1e-3, atol=1e-3,
-                                       **_LESS))
+    chen = classmethod(lambda cls: cls("mnist", ("odenet-adams", "odenet-dopri5", "resnet-6"), design="chen", **_LESS, **_FINE))
     solvers = classmethod(lambda cls: cls(model=(*_EXPLICIT, *_implicit("newton_krylov"), "odenet-adams"), **_LESS))
     lbfgs = classmethod(lambda cls: cls(model=_implicit("lbfgs"), **_LESS))
     cifar10 = classmethod(lambda cls: cls("cifar10", ("odenet", "resnet-1"), epochs=30))
@@ -91,7 +89,7 @@ def _row(name, config):
     "The name of a row in full: odenet-euler, odenet-implicit_euler-lbfgs, resnet-6, mlp."
     kind, *rest = name.lower().replace("ode-net", "odenet").split("-")
     if kind == "odenet" and len(rest) < 3: return "-".join(filter(None, [kind, *(rest or (config.method, config.root))]))
-    if kind == "resnet" and len(rest) == 1 and rest[0].isdigit() or kind == "mlp" and not rest: return "-".join([kind, *rest])
+    if kind == "resnet" and len(rest) == 1 and rest[0].isdigit() or name.lower() == "mlp": return "-".join([kind, *rest])
     raise ValueError(f"model has {name!r}: use odenet, odenet-METHOD, odenet-METHOD-ROOT, resnet-K with K blocks, or mlp")
 
 def _label(row):
@@ -137,7 +135,7 @@ class _Watch:
 def _train(model, train, test, config, seed, file, device, resume, progress):
     "Fit one network."
     data = batches(train, config.batch, seed=seed, augment=_DISTORTIONS[config.dataset] if config.distort else None)
-    updates = config.epochs * math.ceil(len(data) / int(os.environ.get("WORLD_SIZE", 1)))
+    updates = config.epochs * -(-len(data) // int(os.environ.get("WORLD_SIZE", 1)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=config.decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.rate, total_steps=updates)
     return fit(model, lambda model, batch: cross_entropy(model(batch[0]), batch[1], label_smoothing=config.smoothing), data,
