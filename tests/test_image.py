@@ -169,6 +169,17 @@ def test_a_record_is_small_and_its_figures_can_be_drawn_from_the_file(first, tmp
     assert set(image._figures(again)) == set(record.figures)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_any_number_of_ode_nets_can_be_drawn(n, first):
+    record, name = first[0], "ODE-Net, euler"
+    names = [f"ODE-Net, method {i}" for i in range(n)]
+    many = Record("image_odenet", runs=[{"label": x, "seed": 0, "metrics": record.runs[0]["metrics"]} for x in names],
+                  data=dict.fromkeys(names, record.data[name]),
+                  history=dict.fromkeys([f"{x}, seed 0" for x in names], record.history[f"{name}, seed 0"]))
+    titles = [ax.get_title() for ax in image._figures(many)["trade"].axes]
+    assert titles == names[:4]
+
+
 def test_rows_and_seeds_can_be_added_later_and_what_is_done_is_not_done_again(first, tmp_path):
     record, folder = first
     assert sorted(p.name for p in folder.glob("*.pt")) == ["odenet-euler-0.pt", "resnet-2-0.pt"]

@@ -216,8 +216,7 @@ def run(
                 _check_memory(model, train, config, device)
                 told = progress and f"{label}, seed {seed}"
                 history = _train(model, train, test.to(device), config, seed, file, device, resume, told)
-                model = model.to("cpu").eval()
-                record.add(seed, _measure(model, train, test, history, config), history, label)
+                record.add(seed, _measure(model.to("cpu").eval(), train, test, history, config), history, label)
                 if label not in record.data: record.data[label] = _keep(model, test, config)
         record.figures.update(_figures(record))
     return record
@@ -256,14 +255,15 @@ def draw_trade(record):
     "Test error against evaluations: each trained network, read with every solver."
     networks = dict(list(_kept(record, "readings").items())[:4])
     n = len(networks)
-    figure, axes = panel(x="evaluations", y="test error in %", title=list(networks) if n > 1 else next(iter(networks)),
+    figure, axes = panel(x="evaluations", y="test error in %", title=[*networks, ""][:n + n % 2] if n > 1 else next(iter(networks)),
                          columns=min(n, 2), rows=-(-n // 2), log=True)
-    for ax, kept in zip(axes if n > 1 else [axes], networks.values()):
+    for ax in (axes := axes if n > 1 else [axes])[n:]: ax.remove()
+    for ax, kept in zip(axes, networks.values()):
         for k, method in enumerate(dict.fromkeys(row["method"] for row in kept["readings"])):
             rows = [row for row in kept["readings"] if row["method"] == method]
             look = dict(color=PALETTE[k % 7], lw=0.9, ms=3, marker="s" if rows[0]["steps"] else "o")
             ax.plot([r["NFE"] for r in rows], [max(r["test error %"], 0.05) for r in rows], label=method, **look)
-    (axes[0] if n > 1 else axes).legend(fontsize="xx-small", ncols=2)
+    axes[0].legend(fontsize="xx-small", ncols=2)
     return figure
 
 def draw_predictions(record):
