@@ -67,17 +67,17 @@ class Settings:
 
 # %% ../../nbs/experiments/09_image_odenet.ipynb #087f099a
 _EXPLICIT = tuple(f"odenet-{name}" for name in ("euler", "midpoint", "fehlberg4", "fehlberg5", "fehlberg45", "dopri5", "tsit5"))
-def _implicit(root): return tuple(f"odenet-implicit_{name}-{root}" for name in ("euler", "midpoint"))
+_IMPLICIT = tuple(f"odenet-implicit_{name}-{root}" for root in ("newton_krylov", "lbfgs") for name in ("euler", "midpoint"))
 _LESS, _FINE = dict(epochs=4, samples=6_000, readings=256), dict(rtol=1e-3, atol=1e-3)      # less: of many rows, or slow ones
 
 class Config(Settings):
     "Settings of the images, with a profile for each table."
-    more = ("chen", "solvers", "lbfgs", "cifar10", "fashion")
+    more = ("chen", "solvers", "implicit", "cifar10", "fashion")
     smoke = classmethod(lambda cls: cls("digits", ("odenet", "resnet-2"), width=16, epochs=4, batch=32, samples=1024, readings=64))
     full = classmethod(lambda cls: cls())
     chen = classmethod(lambda cls: cls("mnist", ("odenet-adams", "odenet-dopri5", "resnet-6"), design="chen", **_LESS, **_FINE))
-    solvers = classmethod(lambda cls: cls(model=(*_EXPLICIT, *_implicit("newton_krylov"), "odenet-adams"), **_LESS))
-    lbfgs = classmethod(lambda cls: cls(model=_implicit("lbfgs"), **_LESS))
+    solvers = classmethod(lambda cls: cls(model=(*_EXPLICIT, "odenet-adams"), **_LESS))
+    implicit = classmethod(lambda cls: cls(model=_IMPLICIT, **_LESS))
     cifar10 = classmethod(lambda cls: cls("cifar10", ("odenet", "resnet-1"), epochs=30))
     fashion = classmethod(lambda cls: cls("fashion_mnist", ("odenet", "resnet-6", "resnet-1", "mlp")))
 
