@@ -103,7 +103,7 @@ class StageList:
 
     def stacked(self) -> Tensor:
         "All $k_i$ (to be multiplied by `h`), shape (stages, numbers in the state)."
-        return torch.stack(self.k).flatten(1)
+        return torch.stack([k.reshape(-1) for k in self.k])
 
 # %% ../../nbs/ode/05_explicit.ipynb #38678dc8
 def explicit_step(
